@@ -1,0 +1,41 @@
+"""hbp: the backward pass made parallel.
+
+Highway backpropagation (arXiv 2501.17086) splits every layer's Jacobian into a cheap residual path and an
+expensive block, and alternates a scan along the residual path with one pullback through all blocks at once.
+"""
+
+from hbp import cells
+from hbp.core.adjoint import DivergenceWarning, Iterate, Report, backprop, highway, iterates, propagate, report
+from hbp.core.chain import LinearizedChain, linearize, linearize_layers
+from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
+from hbp.core.registry import available, backend_of, use, using
+from hbp.core.schedule import Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Dense",
+    "Diagonal",
+    "DivergenceWarning",
+    "Identity",
+    "Iterate",
+    "LinearOperator",
+    "LinearizedChain",
+    "Pair",
+    "Report",
+    "Scalar",
+    "Schedule",
+    "Zero",
+    "available",
+    "backend_of",
+    "backprop",
+    "cells",
+    "highway",
+    "iterates",
+    "linearize",
+    "linearize_layers",
+    "propagate",
+    "report",
+    "use",
+    "using",
+]

@@ -1,0 +1,128 @@
+"""What the four libraries share: their NumPy-like namespaces do nearly all of a backend's work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+from hbp.core import adjoint, chain
+from hbp.core.backend import Array, Backend, Pullback, dtype_name
+from hbp.core.operator import Dense, Identity, LinearOperator, Pair, Scalar, Zero
+from hbp.core.scan import hillis_steele, loop, propagate_pair, sequential
+
+HALF = ("float16", "bfloat16")
+
+
+class ArrayBackend:
+    """A backend over a NumPy-like namespace, with the sequential scan.
+
+    Subclasses replace what their library does faster or differently; the contracts are those of
+    `hbp.core.backend.Backend`.
+    """
+
+    def __init__(self, name: str, xp: Any) -> None:
+        self.name = name
+        self.xp = xp
+
+    def device(self) -> str:
+        """Where new arrays live, for people."""
+        return "cpu"
+
+    def concat(self, arrays: Sequence[Array], axis: int = 0) -> Array:
+        return self.xp.concatenate(tuple(arrays), axis)
+
+    def stack(self, arrays: Sequence[Array], axis: int = 0) -> Array:
+        return self.xp.stack(tuple(arrays), axis)
+
+    def zeros_like(self, x: Array) -> Array:
+        return self.xp.zeros_like(x)
+
+    def cast(self, x: Array, like: Array) -> Array:
+        """``x`` in the dtype of ``like``."""
+        return x.astype(like.dtype)
+
+    def widened(self, x: Array) -> Array:
+        """A half-precision array as float32, for sums of many terms."""
+        return x.astype(self.xp.float32)
+
+    def map(self, pullbacks: Sequence[Pullback], cotangents: Sequence[Array]) -> list[Array]:
+        return [pullback(g) for pullback, g in zip(pullbacks, cotangents, strict=True)]
+
+    def vjp(self, fn: Callable[[Array], Array], x: Array) -> tuple[Array, Pullback]:
+        raise NotImplementedError(
+            f"{self.name} has no automatic differentiation; write the block as a function x -> (y, pullback)"
+        )
+
+    def propagate(self, operator: LinearOperator, c: Array) -> Array:
+        if isinstance(operator, Zero) or len(c) == 1:
+            return c
+        if dtype_name(c) in HALF:  # the scan adds L terms: once rounded, not L times
+            wide = [self.widened(array) for array in operator.arrays]
+            return self.cast(self.propagate(type(operator)(*wide) if wide else operator, self.widened(c)), c)
+        if isinstance(operator, Identity):
+            return self.suffix_sum(c)
+        if isinstance(operator, Pair):
+            return propagate_pair(operator, c, self)
+        return self.suffix_scan(operator, c)
+
+    def suffix_sum(self, c: Array) -> Array:
+        """The solution for `Identity`: ``g[i] = c[i] + c[i+1] + ... + c[L]``."""
+        return self.xp.flip(self.xp.cumsum(self.xp.flip(c, (0,)), 0), (0,))
+
+    def suffix_scan(self, operator: LinearOperator, c: Array) -> Array:
+        """The solution for `Scalar`, `Diagonal` and `Dense` in a dtype that needs no widening."""
+        return sequential(operator, c, self)
+
+    def scan(self, step: Callable[[Any, Any], Any], carry: Any, length: int, reverse: bool = False) -> Any:
+        return loop(step, carry, length, reverse, backend=self)
+
+    def norm(self, x: Array) -> float:
+        wide = self.widened(x) if dtype_name(x) in HALF else x
+        return float(self.xp.linalg.norm(wide.reshape(-1)))
+
+
+class NumpyLike(ArrayBackend):
+    """NumPy and CuPy: arrays that are written in place.
+
+    On a CPU the suffix scan is one in-place sequential loop; on a GPU, where each operation costs a launch, it is
+    Hillis-Steele's.
+    """
+
+    def __init__(self, name: str, xp: Any, parallel: bool = False) -> None:
+        super().__init__(name, xp)
+        self._parallel = parallel
+
+    def suffix_sum(self, c: Array) -> Array:
+        g = self.xp.empty_like(c)
+        self.xp.cumsum(c[::-1], axis=0, out=g[::-1])
+        return g
+
+    def suffix_scan(self, operator: LinearOperator, c: Array) -> Array:
+        if self._parallel:
+            return hillis_steele(operator, c, self)
+        g = c.copy()
+        if isinstance(operator, Dense):
+            for i in range(len(c) - 2, -1, -1):
+                g[i] += operator[i].mv(g[i + 1])
+            return g
+        values = operator.arrays[0] if operator.arrays else [cast(Scalar, operator).value] * (len(c) - 1)
+        carried = self.xp.empty_like(c[-1])
+        for i in range(len(c) - 2, -1, -1):
+            self.xp.multiply(values[i], g[i + 1], out=carried)
+            g[i] += carried
+        return g
+
+
+def bound(backend: Backend) -> tuple[Callable[..., Any], ...]:
+    """The core's functions bound to one backend, which then never read `use` and `using`."""
+    functions = (
+        chain.linearize,
+        chain.linearize_layers,
+        adjoint.backprop,
+        adjoint.highway,
+        adjoint.iterates,
+        adjoint.report,
+        adjoint.propagate,
+    )
+    return tuple(partial(function, backend=backend) for function in functions)

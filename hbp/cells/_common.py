@@ -1,0 +1,97 @@
+"""What the gated cells share: checks, matrix products over all steps, and the solve for the states' cotangents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hbp.core.adjoint import highway
+from hbp.core.backend import Array, Backend, check_floating, check_shape
+from hbp.core.chain import LinearizedChain
+from hbp.core.operator import LinearOperator
+from hbp.core.registry import resolve
+
+
+def sigmoid(x: Array, backend: Backend) -> Array:
+    """The logistic function, by tanh so that nothing overflows."""
+    return 0.5 * backend.xp.tanh(0.5 * x) + 0.5
+
+
+def matmul(x: Array, weight: Array) -> Array:
+    """``x @ weight`` over the last axis as one matrix product, whatever the leading axes."""
+    rows = x.reshape((_size(x.shape[:-1]), x.shape[-1]))
+    return (rows @ weight).reshape((*x.shape[:-1], weight.shape[-1]))
+
+
+def project(x: Array, weight: Array, *biases: Array | None) -> Array:
+    """``x @ weight.T + biases`` over the last axis; a bias may be None."""
+    y = matmul(x, weight.T)
+    for bias in biases:
+        y = y if bias is None else y + bias
+    return y
+
+
+def previous(initial: Array, states: Array, backend: Backend) -> Array:
+    """The state before each step, (T, ...), from the initial state and the states after each step."""
+    return backend.concat([initial[None], states[:-1]])
+
+
+def weight_gradient(preactivations: Array, inputs: Array) -> Array:
+    """The gradient of W in ``a = inputs @ W.T``, from a's cotangents (T, B, N) and the inputs (T, B, M): (N, M)."""
+    count = _size(inputs.shape[:-1])
+    return preactivations.reshape((count, preactivations.shape[-1])).T @ inputs.reshape((count, inputs.shape[-1]))
+
+
+def merged(x: Array) -> Array:
+    """The last two axes, gates and units, as one."""
+    return x.reshape((*x.shape[:-2], x.shape[-2] * x.shape[-1]))
+
+
+def state_cotangents(
+    chain: LinearizedChain, d: Array, residual: LinearOperator | None, backend: Backend, options: dict[str, Any]
+) -> Array:
+    """The cotangents of the initial state and of all T others, (T+1, ...), from those given from outside, (T, ...)."""
+    if residual is not None:
+        chain = chain.resplit(residual)
+    sources = backend.concat([backend.zeros_like(d[:1]), d[:-1]])
+    return highway(chain, d[-1], sources=sources, backend=backend, **options)
+
+
+def check_cell(gates: int, params: Any, x: Array, states: dict[str, Array], backend: Backend | str | None) -> Backend:
+    """Check a cell's weights, input (T, B, I) and initial states (B, H) before any work; returns the backend.
+
+    Raises:
+        TypeError: no arrays, or arrays of several libraries or dtypes, or not real floating point.
+        ValueError: shapes that do not fit each other, or no step at all.
+    """
+    if not all(hasattr(params, name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
+        raise TypeError(f"params is a {type(params).__name__}; give the cell's parameters, as hbp.cells.GRUParameters")
+    weights = {name: array for name, array in params._asdict().items() if array is not None}
+    resolved = resolve(backend, x, *states.values(), *weights.values())
+    check_floating(x=x, **states, **weights)
+    if x.ndim != 3 or not len(x):
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (T, B, I) with at least one step")
+    if params.weight_hh.ndim != 2:
+        raise ValueError(f"weight_hh has shape {tuple(params.weight_hh.shape)}; expected ({gates} H, H)")
+    hidden = params.weight_hh.shape[-1]
+    check_shape("weight_hh", params.weight_hh, (gates * hidden, hidden))
+    check_shape("weight_ih", params.weight_ih, (gates * hidden, x.shape[-1]))
+    for name in ("bias_ih", "bias_hh"):
+        if name in weights:
+            check_shape(name, weights[name], (gates * hidden,))
+    for name, state in states.items():
+        check_shape(name, state, (x.shape[1], hidden))
+    return resolved
+
+
+def check_cotangent(name: str, d: Array, like: Array, backend: Backend) -> None:
+    """Check a cotangent given to a cell's pullback against the output it belongs to."""
+    resolve(backend, d)
+    check_floating(**{name: d, "the output": like})
+    check_shape(name, d, like.shape)
+
+
+def _size(shape: Any) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

@@ -1,0 +1,169 @@
+"""The gated recurrent unit, with PyTorch's layout: gates r, z, n; h' = (1 - z) n + z h."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from hbp.cells._common import (
+    check_cell,
+    check_cotangent,
+    matmul,
+    merged,
+    previous,
+    project,
+    sigmoid,
+    state_cotangents,
+    weight_gradient,
+)
+from hbp.core.backend import Array, Backend
+from hbp.core.chain import LinearizedChain
+from hbp.core.operator import Diagonal, LinearOperator
+
+
+class GRUParameters(NamedTuple):
+    """A GRU's parameters, shaped and ordered as in `torch.nn.GRU`: gates r, z, n. Biases may be None."""
+
+    weight_ih: Array
+    """(3H, I)"""
+    weight_hh: Array
+    """(3H, H)"""
+    bias_ih: Array | None = None
+    """(3H,)"""
+    bias_hh: Array | None = None
+    """(3H,)"""
+
+
+def gru(
+    params: GRUParameters, x: Array, h0: Array, *, backend: Backend | str | None = None
+) -> tuple[Array, GRUPullback]:
+    """Run a GRU over a sequence and return all its states with its pullback.
+
+    Args:
+        params: the weights.
+        x: the inputs, (T, B, I).
+        h0: the initial state, (B, H).
+        backend: a backend or its name, where it shall not be chosen by the library's rules.
+
+    Returns:
+        ``h``, (T, B, H), and a `GRUPullback`.
+
+    Raises:
+        TypeError, ValueError: arrays of several libraries or dtypes, or shapes that do not fit.
+
+    >>> import numpy as np
+    >>> params = GRUParameters(np.zeros((3, 1)), np.zeros((3, 1)))
+    >>> h, pullback = gru(params, np.zeros((2, 1, 1)), np.ones((1, 1)))
+    >>> h.ravel().tolist()
+    [0.5, 0.25]
+    >>> dparams, dx, dh0 = pullback(np.ones_like(h), iterations=1)
+    >>> dh0.item()
+    0.75
+    """
+    resolved = check_cell(3, params, x, {"h0": h0}, backend)
+    inputs = project(x, params.weight_ih, params.bias_ih)
+
+    def step(h: Array, t: Any) -> Array:
+        _, z, n, _ = _gates(params, inputs[t], h, resolved)
+        return n + z * (h - n)
+
+    h = resolved.scan(step, h0, len(x))
+    return h, GRUPullback(params, x, h0, h, resolved)
+
+
+def _gates(params: GRUParameters, inputs: Array, h: Array, backend: Backend) -> tuple[Array, Array, Array, Array]:
+    """r, z, n and the candidate's recurrent part ``W_hn h + b_hn``, from projected inputs and previous states."""
+    size = h.shape[-1]
+    recurrent = project(h, params.weight_hh, params.bias_hh)
+    rz = sigmoid(inputs[..., : 2 * size] + recurrent[..., : 2 * size], backend)
+    r, z, candidate = rz[..., :size], rz[..., size:], recurrent[..., 2 * size :]
+    return r, z, backend.xp.tanh(inputs[..., 2 * size :] + r * candidate), candidate
+
+
+@dataclass(frozen=True, eq=False)
+class GRUBlocks:
+    """The blocks of a GRU's steps, ``B[t]``: all that h[t-1] does to h[t] by way of the gates."""
+
+    gains: Array
+    """The derivatives of h[t] by the recurrent pre-activations, (T, B, 3, H)."""
+    weight: Array
+    traceable = True
+
+    def __len__(self) -> int:
+        return len(self.gains)
+
+    def __getitem__(self, index: slice) -> GRUBlocks:
+        return GRUBlocks(self.gains[index], self.weight)
+
+    def __call__(self, cotangents: Array, backend: Backend) -> Array:
+        return matmul(merged(self.gains * cotangents[..., None, :]), self.weight)
+
+    def at(self, i: Any, cotangent: Array, backend: Backend) -> Array:
+        return merged(self.gains[i] * cotangent[..., None, :]) @ self.weight
+
+
+@dataclass(frozen=True, eq=False)
+class GRUPullback:
+    """The pullback of `gru` at a point; it needs no more than the inputs and the states.
+
+    The gates are computed again, for all steps at once, when it is first called.
+    """
+
+    params: GRUParameters
+    x: Array
+    h0: Array
+    h: Array
+    backend: Backend
+
+    @cached_property
+    def _linearized(self) -> tuple[LinearizedChain, Array]:
+        """The chain of steps, and the derivative of h[t] by the candidate's input pre-activation."""
+        h = previous(self.h0, self.h, self.backend)
+        inputs = project(self.x, self.params.weight_ih, self.params.bias_ih)
+        r, z, n, candidate = _gates(self.params, inputs, h, self.backend)
+        by_input = (1 - z) * (1 - n * n)
+        by_recurrent = by_input * r
+        gains = self.backend.stack([by_recurrent * (1 - r) * candidate, (h - n) * z * (1 - z), by_recurrent], axis=-2)
+        return LinearizedChain(GRUBlocks(gains, self.params.weight_hh), Diagonal(z)), by_input
+
+    @property
+    def chain(self) -> LinearizedChain:
+        """The T steps, linearised: residual path diag(z), blocks the gates."""
+        return self._linearized[0]
+
+    def __call__(
+        self,
+        dh: Array,
+        iterations: int | None = None,
+        chunk: int = 1,
+        residual: LinearOperator | None = None,
+        tolerance: float | None = None,
+    ) -> tuple[GRUParameters, Array, Array]:
+        """Pull cotangents of the states, (T, B, H), back to the parameters, the inputs and the initial state.
+
+        Args:
+            dh: the loss's cotangents of ``h``; zeros but for the last step where only that one counts.
+            iterations, chunk, tolerance: as in `hbp.highway`; None is exact backpropagation through time.
+            residual: another residual path than diag(z): ``hbp.Zero()`` is the fixed-point baseline.
+
+        Returns:
+            ``dparams`` (a `GRUParameters`), ``dx`` (T, B, I), ``dh0`` (B, H).
+        """
+        check_cotangent("dh", dh, self.h, self.backend)
+        options = {"iterations": iterations, "chunk": chunk, "tolerance": tolerance}
+        chain, by_input = self._linearized
+        g = state_cotangents(chain, dh, residual, self.backend, options)
+        recurrent = chain.pullbacks.gains * g[1:, ..., None, :]
+        candidate = (by_input * g[1:])[..., None, :]
+        inputs = merged(self.backend.concat([recurrent[..., :2, :], candidate], axis=-2))
+        return self._parameters(inputs, merged(recurrent)), matmul(inputs, self.params.weight_ih), g[0]
+
+    def _parameters(self, inputs: Array, recurrent: Array) -> GRUParameters:
+        """The parameters' gradients from the cotangents of both pre-activations, (T, B, 3H)."""
+        return GRUParameters(
+            weight_gradient(inputs, self.x),
+            weight_gradient(recurrent, previous(self.h0, self.h, self.backend)),
+            None if self.params.bias_ih is None else inputs.sum((0, 1)),
+            None if self.params.bias_hh is None else recurrent.sum((0, 1)),
+        )

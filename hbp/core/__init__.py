@@ -1,0 +1,1 @@
+"""The algorithm, over abstract operators and pullbacks; imports no array library."""

@@ -1,0 +1,89 @@
+"""What an array library must offer: the `Backend` protocol, and the checks every entrance makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import index
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from hbp.core.operator import LinearOperator
+
+Array: TypeAlias = Any
+Pullback: TypeAlias = Callable[[Array], Array]
+"""The transposed Jacobian of a function at a point: cotangent of the output -> cotangent of the input."""
+
+
+class Backend(Protocol):
+    """The seven operations of an array library, and three that its cells need.
+
+    Nothing is created without a template array, so dtype and device always come from an argument.
+    Implementations leave their arguments unchanged.
+    """
+
+    name: str
+    xp: Any
+    """The library's NumPy-like namespace (``tanh``, ``diag``)."""
+
+    def concat(self, arrays: Sequence[Array], axis: int = 0) -> Array:
+        """Join arrays along an existing axis."""
+
+    def stack(self, arrays: Sequence[Array], axis: int = 0) -> Array:
+        """Join arrays of one shape along a new axis."""
+
+    def zeros_like(self, x: Array) -> Array:
+        """Zeros with the shape, dtype and device of ``x``."""
+
+    def map(self, pullbacks: Sequence[Pullback], cotangents: Sequence[Array]) -> list[Array]:
+        """All ``pullbacks[i](cotangents[i])``, in any order, at once where the library can."""
+
+    def vjp(self, fn: Callable[[Array], Array], x: Array) -> tuple[Array, Pullback]:
+        """``fn(x)`` and its pullback at ``x``."""
+
+    def propagate(self, operator: LinearOperator, c: Array) -> Array:
+        """Solve ``g[i] = A[i] g[i+1] + c[i]``, ``g[L] = c[L]``: a suffix scan (`hbp.core.scan.sequential`)."""
+
+    def scan(self, step: Callable[[Any, Any], Any], carry: Any, length: int, reverse: bool = False) -> Any:
+        """The carries after each ``carry = step(carry, i)``, stacked in the order of i (`hbp.core.scan.loop`)."""
+
+    def norm(self, x: Array) -> float:
+        """The Euclidean norm of all entries, as a Python float."""
+
+
+def dtype_name(x: Array) -> str:
+    """The name of an array's dtype in any library, as "float32"."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def check_floating(**arrays: Array) -> None:
+    """Raise TypeError unless every array holds real floating-point numbers, all of one dtype."""
+    kinds = {name: dtype_name(array) for name, array in arrays.items()}
+    for name, kind in kinds.items():
+        if "float" not in kind:
+            raise TypeError(f"{name} is {kind}; gradients need real floating-point numbers, cast it first")
+    if len(set(kinds.values())) > 1:
+        raise TypeError(f"all arrays need one dtype, these differ: {kinds}; cast them first")
+
+
+def check_shape(name: str, x: Array, expected: Sequence[int]) -> None:
+    """Raise ValueError unless ``x`` has the expected shape."""
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(expected)}")
+
+
+def check_count(name: str, value: Any, minimum: int) -> int:
+    """``value`` as an int, after checking that it is one and at least ``minimum``.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is below the minimum.
+    """
+    try:
+        count = index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer of at least {minimum}")
+    if count < minimum:
+        raise ValueError(f"{name}={count} is too small; give an integer of at least {minimum}")
+    return count

@@ -1,0 +1,322 @@
+"""Residual Jacobians as values: stacks of cheap linear maps with an algebra.
+
+The residual map of layer i, ``R[i]``, takes a tangent of ``x[i]`` to one of ``x[i+1]`` and is given in this
+forward orientation; the solvers transpose. An operator stands for a stack of L maps, one per layer, whose arrays
+have a leading axis of length L; ``A[i]`` is one map, ``A[i:j:s]`` a shorter stack. Composition ``A @ B`` (first B,
+then A) and the transpose ``A.T`` act map by map and stay within these types, which is what lets a prefix scan
+compose them (design: Boehm et al. 2019, and equation 12 of the highway-backpropagation paper).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
+
+from hbp.core.backend import Array, Backend, dtype_name
+
+
+@dataclass(frozen=True, eq=False)
+class LinearOperator:
+    """A stack of linear maps; this base class is symmetric and has any length, as `Identity` and `Zero` are."""
+
+    @property
+    def T(self) -> LinearOperator:  # noqa: N802 - the field's name for a transpose
+        """The transposed maps, in the same order."""
+        return self
+
+    @property
+    def length(self) -> int | None:
+        """The number of maps, or None for a stack of any length."""
+        return next((len(array) if array.ndim else 0 for array in self.arrays), None)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """The arrays this stack is made of (none for `Identity`, `Zero` and a `Scalar` given as a number)."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(value for value in values if hasattr(value, "shape"))
+
+    def mv(self, v: Array) -> Array:
+        """Apply each map to its own entry of ``v``, shape (L, ...), or one map to one state."""
+        raise NotImplementedError
+
+    def scaled(self, factor: Any) -> LinearOperator:
+        """Each map times a number, or times its own entry of an (L,) array."""
+        raise NotImplementedError
+
+    def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
+        """This stack, checked against ``length`` states like ``like`` and aligned with them for broadcasting.
+
+        Raises:
+            ValueError: the stack has another length, or its maps do not act on states of this shape.
+            TypeError: its dtype is neither that of the states nor boolean.
+        """
+        return self
+
+    def __getitem__(self, index: Any) -> LinearOperator:
+        return type(self)(*(array[index] for array in self.arrays))
+
+    def __matmul__(self, other: LinearOperator) -> LinearOperator:
+        return compose(self, other)
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(LinearOperator):
+    """R = I: pre-activation and pre-norm residual layers, ``x + block(x)``.
+
+    >>> Identity().mv(3.0)
+    3.0
+    """
+
+    def mv(self, v: Array) -> Array:
+        return v
+
+    def scaled(self, factor: Any) -> LinearOperator:
+        return Scalar(factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Zero(LinearOperator):
+    """R = 0: no residual path, the fixed-point baseline of Wang and Ragni (2021)."""
+
+    def mv(self, v: Array) -> Array:
+        return v * 0
+
+    def scaled(self, factor: Any) -> LinearOperator:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Scalar(LinearOperator):
+    """R = s I with a number (a stack of any length) or one number per layer, shape (L,).
+
+    ``Scalar(1 - gamma)`` is the damped split that transformers need (equation 17 of the paper).
+
+    >>> (Scalar(0.5) @ Scalar(0.5)).mv(8.0)
+    2.0
+    """
+
+    value: Any
+
+    def __post_init__(self) -> None:
+        if isinstance(self.value, Real):
+            object.__setattr__(self, "value", float(self.value))  # a NumPy scalar would widen float32 states
+        elif not isinstance(self.value, tuple) and not hasattr(self.value, "shape"):
+            raise TypeError(f"Scalar takes a number or an (L,) array, not a {type(self.value).__name__}")
+
+    @property
+    def length(self) -> int | None:
+        return len(self.value) if isinstance(self.value, tuple) else super().length
+
+    def mv(self, v: Array) -> Array:
+        return v * _lift(self.value, v.ndim) if hasattr(self.value, "shape") else v * self.value
+
+    def scaled(self, factor: Any) -> LinearOperator:
+        if isinstance(self.value, tuple) or isinstance(factor, tuple):
+            return Scalar(tuple(a * b for a, b in zip(*_numbers(self.value, factor), strict=True)))
+        return Scalar(self.value * factor)
+
+    def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
+        if isinstance(self.value, float):
+            return self
+        if not isinstance(self.value, tuple):
+            _check_stack("Scalar", self.value, length, (), like)
+            return self
+        if len(self.value) != length:
+            raise ValueError(_wrong_length("Scalar", len(self.value), length))
+        zero = backend.zeros_like(like.reshape(-1)[:1].sum())
+        return Scalar(backend.stack([zero + number for number in self.value]))
+
+    def __getitem__(self, index: Any) -> LinearOperator:
+        return self if isinstance(self.value, float) else Scalar(self.value[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal(LinearOperator):
+    """R = diag(values), shape (L, ...): gates of recurrent cells, ReLU masks, scales of a post-norm.
+
+    One map broadcasts against one state as NumPy broadcasts; a boolean mask may stand for ones and zeros.
+    """
+
+    values: Array
+
+    def mv(self, v: Array) -> Array:
+        return self.values * v
+
+    def scaled(self, factor: Any) -> LinearOperator:
+        return Diagonal(self.values * _lift(factor, self.values.ndim))
+
+    def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
+        values = _check_stack("Diagonal", self.values, length, like.shape, like)
+        return Diagonal(values if dtype_name(values) != "bool" else values + backend.zeros_like(like))
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(LinearOperator):
+    """R = a matrix per layer on the last axis of the state, shape (L, d, d), or (L, ..., d, d) with one per entry.
+
+    Linear recurrences, and the exact parallel backward (BPPSA, DEER) when the whole Jacobian is in R.
+    """
+
+    matrix: Array
+
+    @property
+    def T(self) -> LinearOperator:  # noqa: N802
+        return Dense(self.matrix.swapaxes(-1, -2))
+
+    def mv(self, v: Array) -> Array:
+        return (self.matrix @ v[..., None])[..., 0]
+
+    def scaled(self, factor: Any) -> LinearOperator:
+        return Dense(self.matrix * _lift(factor, self.matrix.ndim))
+
+    def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
+        return Dense(_check_stack("Dense", self.matrix, length, (*like.shape, *like.shape[-1:]), like))
+
+
+@dataclass(frozen=True, eq=False)
+class Pair(LinearOperator):
+    """R = left right^T on states that are pairs of arrays, shape (L, ..., 2, H): rank one for each unit.
+
+    The LSTM's path c[t-1] -> c[t] -> h[t] on the state (c, h) is ``left = (f, o (1 - tanh^2 c) f)``,
+    ``right = (1, 0)``: the matrix ``[[f, 0], [o (1 - tanh^2 c) f, 0]]``. Rank one is kept by ``@`` and ``.T``,
+    and a scan of such maps is a scan of one diagonal (`hbp.core.scan.propagate_pair`).
+    """
+
+    left: Array
+    right: Array
+
+    @property
+    def T(self) -> LinearOperator:  # noqa: N802
+        return Pair(self.right, self.left)
+
+    def mv(self, v: Array) -> Array:
+        return self.left * (self.right * v).sum(-2)[..., None, :]
+
+    def scaled(self, factor: Any) -> LinearOperator:
+        return Pair(self.left * _lift(factor, self.left.ndim), self.right)
+
+    def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
+        if like.ndim < 2 or like.shape[-2] != 2:
+            raise ValueError(f"a Pair acts on states of shape (..., 2, H), these have shape {tuple(like.shape)}")
+        return Pair(*(_check_stack("Pair", array, length, like.shape, like) for array in self.arrays))
+
+
+def compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
+    """The maps ``v -> a(b(v))``: all of the algebra, kind by kind."""
+    match a, b:
+        case (Zero(), _) | (_, Zero()):
+            return Zero()
+        case (Identity(), other) | (other, Identity()):
+            return other
+        case (Scalar(value), other) | (other, Scalar(value)):
+            return other.scaled(value)
+        case Diagonal(p), Diagonal(q):
+            return Diagonal(p * q)
+        case Diagonal(p), Dense(q):
+            return Dense(p[..., None] * q)
+        case Dense(p), Diagonal(q):
+            return Dense(p * q[..., None, :])
+        case Dense(p), Dense(q):
+            return Dense(p @ q)
+        case Pair(left, p), Pair(q, right):
+            return Pair(left * (p * q).sum(-2)[..., None, :], right)
+    raise TypeError(
+        f"cannot compose {type(a).__name__} with {type(b).__name__}: a Pair composes with Pair, Scalar, Identity "
+        "and Zero only; give every layer the same kind of residual map"
+    )
+
+
+def concatenate(
+    a: LinearOperator, b: LinearOperator, lengths: tuple[int, int], backend: Backend | None
+) -> LinearOperator:
+    """The stack ``a`` followed by ``b``, two stacks of one kind and of the given lengths."""
+    if isinstance(a, Scalar) and isinstance(b, Scalar) and not (a.arrays and b.arrays):
+        first, second = (_numbers(part.value, (1,) * n)[0] for part, n in zip((a, b), lengths, strict=True))
+        return Scalar(tuple(first) + tuple(second))
+    if isinstance(a, Identity | Zero):
+        return a
+    assert backend is not None  # stacks that hold arrays have one
+    joined = []
+    for x, y in zip(a.arrays, b.arrays, strict=True):
+        if x.shape[1:] != y.shape[1:]:  # a product of Pairs fills axes that a single one only broadcasts along
+            x, y = x + backend.zeros_like(y[:1]), y + backend.zeros_like(x[:1])
+        joined.append(backend.concat([x, y]))
+    return type(a)(*joined)
+
+
+def stack(maps: Sequence[LinearOperator], like: Array, backend: Backend) -> LinearOperator:
+    """Stack single maps on states like ``like``; mixed kinds are promoted to the widest among them.
+
+    Raises:
+        TypeError: an entry is no operator, or a `Pair` stands beside another kind.
+    """
+    for i, entry in enumerate(maps):
+        if not isinstance(entry, LinearOperator):
+            raise TypeError(f"the residual map of layer {i} is a {type(entry).__name__}; return one of hbp's operators")
+    kinds = {type(entry) for entry in maps}
+    if len(kinds) <= 1 and not kinds - {Identity, Zero}:
+        return maps[0] if maps else Identity()
+    if Pair in kinds:
+        if kinds != {Pair}:
+            names = sorted(kind.__name__ for kind in kinds)
+            raise TypeError(f"one chain mixes the residual kinds {names}; a Pair goes with Pairs only")
+        return Pair(*(backend.stack(arrays) for arrays in zip(*(entry.arrays for entry in maps), strict=True)))
+    if kinds == {Dense}:
+        return Dense(backend.stack([entry.arrays[0] for entry in maps]))
+    if Dense in kinds:
+        return Dense(backend.stack([_as_matrix(entry, like, backend) for entry in maps]))
+    if Diagonal in kinds:
+        return Diagonal(backend.stack([_as_diagonal(entry, like, backend) for entry in maps]))
+    zero = backend.zeros_like(like.reshape(-1)[:1].sum())
+    return Scalar(backend.stack([zero + _as_number(entry) for entry in maps]))
+
+
+def _as_number(entry: LinearOperator) -> Any:
+    return entry.value if isinstance(entry, Scalar) else float(isinstance(entry, Identity))
+
+
+def _as_diagonal(entry: LinearOperator, like: Array, backend: Backend) -> Array:
+    values = entry.values if isinstance(entry, Diagonal) else _as_number(entry)
+    return backend.zeros_like(like) + values
+
+
+def _as_matrix(entry: LinearOperator, like: Array, backend: Backend) -> Array:
+    if isinstance(entry, Dense):
+        return backend.zeros_like(like)[..., None] + entry.matrix
+    one = backend.zeros_like(like.reshape(-1, like.shape[-1])[0]) + 1
+    return _as_diagonal(entry, like, backend)[..., None] * backend.xp.diag(one)
+
+
+def _lift(factor: Any, ndim: int) -> Any:
+    """An (L,) array as (L, 1, ..., 1) with ``ndim`` axes; a number as it is."""
+    return factor.reshape(tuple(factor.shape) + (1,) * (ndim - factor.ndim)) if hasattr(factor, "shape") else factor
+
+
+def _numbers(*values: Any) -> list[tuple[float, ...]]:
+    """Numbers and tuples of numbers as tuples of one common length."""
+    length = max(len(value) for value in values if isinstance(value, tuple))
+    return [value if isinstance(value, tuple) else (value,) * length for value in values]
+
+
+def _wrong_length(kind: str, given: int, expected: int) -> str:
+    return f"the residual {kind} has {given} maps and the chain {expected} layers; give one map per layer"
+
+
+def _check_stack(kind: str, array: Array, length: int, shape: Sequence[int], like: Array) -> Array:
+    """``array`` as (length, 1, ..., 1, its own axes), after checking that each entry broadcasts to ``shape``."""
+    if array.ndim == 0 or len(array) != length:
+        raise ValueError(_wrong_length(kind, len(array) if array.ndim else 0, length))
+    if dtype_name(array) not in ("bool", dtype_name(like)):
+        raise TypeError(
+            f"the residual {kind} is {dtype_name(array)} and the states are {dtype_name(like)}; cast one of them"
+        )
+    own = tuple(array.shape[1:])
+    fits = len(own) <= len(shape) and all(a in (1, b) for a, b in zip(own[::-1], tuple(shape)[::-1], strict=False))
+    if not fits:
+        raise ValueError(
+            f"one map of the residual {kind} has shape {own}, which does not act on states of shape "
+            f"{tuple(like.shape)}; expected a shape that broadcasts to {tuple(shape)}"
+        )
+    return array.reshape((length,) + (1,) * (len(shape) - len(own)) + own)

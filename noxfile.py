@@ -1,0 +1,56 @@
+"""The test matrix: one session per backend, in which the other array libraries are not installed."""
+
+import shutil
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_missing_interpreters = False  # also under CI: a missing interpreter skips with its reason
+nox.options.sessions = ["lint", "numpy", "torch", "jax", "cupy"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+TEST = nox.project.dependency_groups(PROJECT, "test")
+LINT = nox.project.dependency_groups(PROJECT, "lint")
+CONSTRAINTS = ("-c", "tests/constraints.txt")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    session.install(*LINT, "numpy")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def numpy(session: nox.Session) -> None:
+    """The reference, and the command line with what its main job needs."""
+    session.install("-e", ".[demo]", *TEST)
+    session.run("pytest", "--backends=numpy", *session.posargs)
+
+
+@nox.session
+def torch(session: nox.Session) -> None:
+    session.install("-e", ".[torch]", *TEST, *CONSTRAINTS)
+    session.run("pytest", "--backends=numpy,torch", *session.posargs)
+
+
+@nox.session
+def jax(session: nox.Session) -> None:
+    session.install("-e", ".[jax]", *TEST)
+    session.run("pytest", "--backends=numpy,jax", *session.posargs)
+
+
+@nox.session
+def cupy(session: nox.Session) -> None:
+    if shutil.which("nvidia-smi") is None:
+        session.skip("CuPy needs a CUDA device, and nvidia-smi finds none here")
+    session.install("-e", ".[cupy-cuda12]", *TEST)
+    session.run("pytest", "--backends=numpy,cupy", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """The GPU tests, in the environment nox was started in: nothing is installed."""
+    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs, external=True)

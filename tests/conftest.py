@@ -1,0 +1,91 @@
+"""Backends as fixtures: what is installed runs, what `--backends` names must run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64 parity; hbp itself never touches JAX's configuration
+
+import numpy as np
+import pytest
+
+import hbp
+from hbp.core.registry import load
+
+NAMES = ("numpy", "cupy", "torch", "jax")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backends", default="", help="backends that must run, comma-separated (missing: exit code 4)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    required = [name for name in config.getoption("--backends").split(",") if name]
+    for name in required:
+        try:
+            load(name)
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise pytest.UsageError(f"--backends requires {name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Library:
+    """One array library for a test: its front end, and the way to and from NumPy."""
+
+    name: str
+    front_end: Any
+    array: Callable[[Any], Any]
+    """A NumPy array as the library's, dtype kept."""
+    numpy: Callable[[Any], np.ndarray]
+
+    def tree(self, value: Any) -> Any:
+        """Tuples (named ones too) of NumPy arrays as tuples of the library's."""
+        if isinstance(value, tuple):
+            items = [self.tree(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return None if value is None else self.array(value)
+
+
+def _library(name: str, required: bool) -> Library:
+    try:
+        front_end = load(name)
+    except (ImportError, RuntimeError) as error:
+        if required:
+            raise
+        pytest.skip(str(error))
+    if name == "torch":
+        import torch
+
+        return Library(name, front_end, lambda x: torch.from_numpy(np.array(x)), lambda x: x.detach().cpu().numpy())
+    if name == "cupy":
+        import cupy
+
+        return Library(name, front_end, cupy.asarray, cupy.asnumpy)
+    if name == "jax":
+        import jax.numpy as jnp
+
+        return Library(name, front_end, jnp.asarray, np.asarray)
+    return Library(name, front_end, np.array, np.asarray)
+
+
+@pytest.fixture(params=NAMES)
+def library(request: pytest.FixtureRequest) -> Library:
+    """Each installed backend in turn; with `--backends`, only those named, and all of them."""
+    required = [name for name in request.config.getoption("--backends").split(",") if name]
+    if required and request.param not in required:
+        pytest.skip(f"--backends names {', '.join(required)} only")
+    return _library(request.param, bool(required))
+
+
+@pytest.fixture(autouse=True)
+def _unpinned() -> Iterator[None]:
+    yield
+    hbp.use(None)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20260101)
