@@ -63,6 +63,7 @@ class LinearizedChain:
         pullbacks: one callable per block (cotangent -> cotangent of the same shape), or a `Pullbacks`.
         residual: a stack of L maps, in forward orientation.
 
+    >>> from hbp.core.operator import Scalar
     >>> chain = LinearizedChain([lambda g: 0.5 * g, lambda g: 0.25 * g], Scalar(0.9))
     >>> len(chain), len(chain.coarsen(2))
     (2, 1)
