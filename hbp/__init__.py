@@ -5,8 +5,10 @@ expensive block, and alternates a scan along the residual path with one pullback
 """
 
 from hbp import cells
-from hbp.core.adjoint import DivergenceWarning, Iterate, Report, backprop, highway, iterates, propagate, report
-from hbp.core.chain import LinearizedChain, linearize, linearize_layers
+from hbp.core.adjoint import backprop, highway, iterates, propagate, report
+from hbp.core.chain import LinearizedChain
+from hbp.core.forward import linearize, linearize_layers
+from hbp.core.increments import DivergenceWarning, Iterate, Report
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.core.registry import available, backend_of, use, using
 from hbp.core.schedule import Schedule

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
-from hbp.core import adjoint, chain
+from hbp.core import adjoint, forward
 from hbp.core.backend import Array, Backend, Pullback, dtype_name
 from hbp.core.operator import Dense, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.core.scan import hillis_steele, loop, propagate_pair, sequential
@@ -106,19 +106,20 @@ class NumpyLike(ArrayBackend):
             for i in range(len(c) - 2, -1, -1):
                 g[i] += operator[i].mv(g[i + 1])
             return g
-        values = operator.arrays[0] if operator.arrays else [cast(Scalar, operator).value] * (len(c) - 1)
-        carried = self.xp.empty_like(c[-1])
+        states = list(g.reshape((len(c), -1) if c.ndim == 1 else c.shape))  # views: rows that can be written
+        values = list(operator.arrays[0]) if operator.arrays else [cast(Scalar, operator).value] * (len(c) - 1)
+        carried = self.xp.empty_like(states[-1])
         for i in range(len(c) - 2, -1, -1):
-            self.xp.multiply(values[i], g[i + 1], out=carried)
-            g[i] += carried
+            self.xp.multiply(values[i], states[i + 1], out=carried)
+            self.xp.add(states[i], carried, out=states[i])
         return g
 
 
 def bound(backend: Backend) -> tuple[Callable[..., Any], ...]:
     """The core's functions bound to one backend, which then never read `use` and `using`."""
     functions = (
-        chain.linearize,
-        chain.linearize_layers,
+        forward.linearize,
+        forward.linearize_layers,
         adjoint.backprop,
         adjoint.highway,
         adjoint.iterates,

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 from hbp.backends._array import NumpyLike, bound
-from hbp.core.adjoint import Iterate, Report
 from hbp.core.chain import LinearizedChain
+from hbp.core.increments import Iterate, Report
 from hbp.core.operator import Dense, Diagonal, Identity, Pair, Scalar, Zero
 from hbp.core.schedule import Schedule
 

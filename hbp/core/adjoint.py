@@ -8,85 +8,20 @@ it has come. Everywhere ``g[i]`` belongs to ``x[i]``; ``sources`` (L, ...) enter
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import islice
 from numbers import Real
 from typing import Any
 
 from hbp.core.backend import Array, Backend, check_count, check_floating, check_shape
 from hbp.core.chain import LinearizedChain, Stages
+from hbp.core.increments import DivergenceWarning, Iterate, Report
 from hbp.core.operator import LinearOperator
 from hbp.core.registry import resolve
 from hbp.core.scan import loop
-
-ADVICE = "damp the split (Scalar(1 - gamma)), use chunks, or exact backprop"
-
-
-class DivergenceWarning(UserWarning):
-    """The increments of an iteration grow past its solution: the split suits these layers badly."""
-
-
-@dataclass(frozen=True, eq=False)
-class Iterate:
-    """Iterate k of Highway-BP.
-
-    Attributes:
-        iteration: k, the number of blocks a counted path may cross.
-        cotangents: g, shape (L+1, ...).
-        increment: the norm of the last increment ``d[k]`` (with chunks, at the stage boundaries).
-        size: the norm of the solution so far, likewise.
-    """
-
-    iteration: int
-    cotangents: Array
-    increment: float
-    size: float
-
-    @property
-    def relative(self) -> float:
-        """The increment as a fraction of the solution; 0 where both are zero."""
-        return self.increment / self.size if self.size else self.increment
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the increments of an iteration say about its split.
-
-    Attributes:
-        increments: the norm of each increment ``d[0], d[1], ...``.
-        sizes: the norm of the solution after each.
-        exact: whether the last iterate counts every path.
-    """
-
-    increments: tuple[float, ...]
-    sizes: tuple[float, ...]
-    exact: bool
-
-    @property
-    def finite(self) -> bool:
-        """Whether no increment holds NaN or infinity."""
-        return all(map(math.isfinite, self.increments))
-
-    @property
-    def diverges(self) -> bool:
-        """Whether some increment grew, and past the solution."""
-        rows = zip(self.increments, self.increments[1:], self.sizes[1:], strict=False)
-        return any(last < new > size for last, new, size in rows)
-
-    @property
-    def verdict(self) -> str:
-        """One sentence for people."""
-        if not self.finite:
-            return "not finite: an increment holds NaN or infinity"
-        if self.diverges:
-            worst = max(a / b if b else math.inf for a, b in zip(self.increments, self.sizes, strict=True))
-            return f"diverges: the increments grow to {worst:.2g} times the solution; {ADVICE}"
-        last = self.increments[-1] / self.sizes[-1] if self.sizes[-1] else 0.0
-        return f"{'exact' if self.exact else 'converging'}: the last increment is {last:.2g} of the solution"
 
 
 def backprop(
@@ -106,8 +41,7 @@ def backprop(
     >>> backprop(chain, np.array([4.0])).tolist()
     [[9.0], [6.0], [4.0]]
     """
-    chain, resolved = _enter(chain, cotangent, sources, backend)
-    return _exact(chain, cotangent, sources, resolved)
+    return _posed(chain, cotangent, sources, 1, backend).exact()
 
 
 def highway(
@@ -146,19 +80,16 @@ def highway(
     [4.0, 8.0, 9.0]
     """
     cap = None if iterations is None else check_count("iterations", iterations, 0)
-    chunk, tolerance = check_count("chunk", chunk, 1), _check_tolerance(tolerance)
-    chain, resolved = _enter(chain, cotangent, sources, backend)
-    if cap is None and tolerance is None:
-        return _exact(chain, cotangent, sources, resolved)
-    coarse, c = _coarsened(chain, cotangent, sources, chunk, resolved)
-    cap = len(coarse) if cap is None else min(cap, len(coarse))
+    tolerance = _check_tolerance(tolerance)
+    problem = _posed(chain, cotangent, sources, chunk, backend)
     if tolerance is not None:
-        g = _until(coarse, c, tolerance, cap, resolved)
-    else:
-        g = resolved.propagate(coarse.residual.T, c)
-        for _ in range(cap):
-            g = step(coarse, g, c, resolved)
-    return _filled(coarse, g, chain, sources, resolved)
+        return problem.filled(problem.until(tolerance, cap))
+    if cap is None:
+        return problem.exact()
+    g = problem.backend.propagate(problem.coarse.residual.T, problem.c)
+    for _ in range(min(cap, len(problem.coarse))):
+        g = step(problem.coarse, g, problem.c, problem.backend)
+    return problem.filled(g)
 
 
 def step(chain: LinearizedChain, g: Array, c: Array, backend: Backend) -> Array:
@@ -200,13 +131,8 @@ def iterates(
     >>> [(it.iteration, it.cotangents[0].item()) for it in iterates(chain, np.array([4.0]))]
     [(0, 4.0), (1, 8.0), (2, 9.0)]
     """
-    chunk = check_count("chunk", chunk, 1)
-    chain, resolved = _enter(chain, cotangent, sources, backend)
-    coarse, c = _coarsened(chain, cotangent, sources, chunk, resolved)
-    return (
-        Iterate(it.iteration, _filled(coarse, it.cotangents, chain, sources, resolved), it.increment, it.size)
-        for it in _increments(coarse, c, resolved)
-    )
+    problem = _posed(chain, cotangent, sources, chunk, backend)
+    return (replace(it, cotangents=problem.filled(it.cotangents)) for it in problem.increments())
 
 
 def report(
@@ -226,81 +152,89 @@ def report(
     'diverges'
     """
     cap = None if iterations is None else check_count("iterations", iterations, 0)
+    problem = _posed(chain, cotangent, sources, chunk, backend)
+    seen = [replace(it, cotangents=None) for it in islice(problem.increments(), None if cap is None else cap + 1)]
+    return Report.of(seen, len(problem.coarse))
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """An adjoint equation whose input has been checked: a bound chain, and what enters at its states."""
+
+    chain: LinearizedChain
+    cotangent: Array
+    sources: Array | None
+    chunk: int
+    backend: Backend
+
+    @cached_property
+    def coarse(self) -> LinearizedChain:
+        """The chain of stages; with chunks of one layer, the chain itself."""
+        coarse = self.chain.coarsen(self.chunk, self.backend)
+        return coarse if coarse is self.chain else coarse.bind(self.cotangent, self.backend)
+
+    @cached_property
+    def c(self) -> Array:
+        """What enters at the states of the chain of stages, (number of stages + 1, ...)."""
+        sources, count = self.sources, len(self.coarse)
+        if sources is None:
+            zero = self.backend.zeros_like(self.cotangent)
+            sources = self.backend.xp.broadcast_to(zero, (count, *self.cotangent.shape))
+        elif self.coarse is not self.chain:
+            *_, sources = self.coarse.pullbacks.sweep(self.backend.zeros_like(sources[:count]), sources, self.backend)
+        return self.backend.concat([sources, self.cotangent[None]])
+
+    def exact(self) -> Array:
+        """Layer after layer."""
+        if not len(self.chain):
+            return self.cotangent[None]
+
+        def layer_by_layer(g: Array, i: int) -> Array:
+            g = self.chain.pull_layer(i, g, self.backend)
+            return g if self.sources is None else g + self.sources[i]
+
+        scan = self.backend.scan if self.chain.pullbacks.traceable else partial(loop, backend=self.backend)
+        g = scan(layer_by_layer, self.cotangent, len(self.chain), reverse=True)
+        return self.backend.concat([g, self.cotangent[None]])
+
+    def increments(self) -> Iterator[Iterate]:
+        """The iterates on the chain of stages, by increments."""
+        increment = g = self.backend.propagate(self.coarse.residual.T, self.c)
+        nothing = self.backend.zeros_like(self.c)
+        for k in range(len(self.coarse) + 1):
+            if k:
+                increment = step(self.coarse, increment, nothing, self.backend)
+                g = g + increment
+            yield Iterate(k, g, self.backend.norm(increment), self.backend.norm(g))
+
+    def until(self, tolerance: float, cap: int | None) -> Array:
+        """The first iterate whose increment is below the tolerance, or the one at the cap."""
+        seen = []
+        for iterate in islice(self.increments(), None if cap is None else cap + 1):
+            seen.append(replace(iterate, cotangents=None))
+            if iterate.relative <= tolerance:
+                break
+        report = Report.of(seen, len(self.coarse))
+        if report.diverges:
+            warnings.warn(report.verdict, DivergenceWarning, stacklevel=3)
+        return iterate.cotangents
+
+    def filled(self, g: Array) -> Array:
+        """``g`` at all states of the chain, from its values at the stage boundaries."""
+        if self.coarse is self.chain:
+            return g
+        stages: Stages = self.coarse.pullbacks
+        inside = list(islice(stages.sweep(g[1:], self.sources, self.backend), stages.size - 1))
+        rows = self.backend.stack([g[:-1], *reversed(inside)], axis=1)
+        states = rows.reshape((len(stages) * stages.size, *g.shape[1:]))
+        return self.backend.concat([states[: len(self.chain)], g[-1:]])
+
+
+def _posed(
+    chain: LinearizedChain, cotangent: Array, sources: Array | None, chunk: int, backend: Backend | str | None
+) -> _Problem:
+    """Check all input before any work."""
     chunk = check_count("chunk", chunk, 1)
-    chain, resolved = _enter(chain, cotangent, sources, backend)
-    coarse, c = _coarsened(chain, cotangent, sources, chunk, resolved)
-    seen = list(islice(_increments(coarse, c, resolved), None if cap is None else cap + 1))
-    return _report(seen, len(coarse))
-
-
-def _increments(chain: LinearizedChain, c: Array, backend: Backend) -> Iterator[Iterate]:
-    """The iterates of an unchunked chain, by increments."""
-    increment = g = backend.propagate(chain.residual.T, c)
-    for k in range(len(chain) + 1):
-        if k:
-            increment = step(chain, increment, backend.zeros_like(c), backend)
-            g = g + increment
-        yield Iterate(k, g, backend.norm(increment), backend.norm(g))
-
-
-def _until(chain: LinearizedChain, c: Array, tolerance: float, cap: int, backend: Backend) -> Array:
-    seen: list[Iterate] = []
-    for iterate in islice(_increments(chain, c, backend), cap + 1):
-        seen.append(Iterate(iterate.iteration, None, iterate.increment, iterate.size))
-        if iterate.relative <= tolerance:
-            break
-    found = _report(seen, len(chain))
-    if found.diverges:
-        warnings.warn(found.verdict, DivergenceWarning, stacklevel=3)
-    return iterate.cotangents
-
-
-def _report(seen: list[Iterate], length: int) -> Report:
-    return Report(tuple(it.increment for it in seen), tuple(it.size for it in seen), seen[-1].iteration == length)
-
-
-def _exact(chain: LinearizedChain, cotangent: Array, sources: Array | None, backend: Backend) -> Array:
-    if not len(chain):
-        return cotangent[None]
-
-    def layer_by_layer(g: Array, i: int) -> Array:
-        g = chain.pull_layer(i, g, backend)
-        return g if sources is None else g + sources[i]
-
-    scan = backend.scan if chain.pullbacks.traceable else partial(loop, backend=backend)
-    return backend.concat([scan(layer_by_layer, cotangent, len(chain), reverse=True), cotangent[None]])
-
-
-def _coarsened(
-    chain: LinearizedChain, cotangent: Array, sources: Array | None, chunk: int, backend: Backend
-) -> tuple[LinearizedChain, Array]:
-    """The chain of stages and the sources of its states, (number of stages + 1, ...)."""
-    coarse = chain.coarsen(chunk, backend)
-    if sources is None:
-        zero = backend.zeros_like(cotangent)
-        sources = backend.xp.broadcast_to(zero, (len(coarse), *cotangent.shape))
-    elif coarse is not chain:
-        *_, sources = coarse.pullbacks.sweep(backend.zeros_like(sources[: len(coarse)]), sources, backend)
-    return coarse, backend.concat([sources, cotangent[None]])
-
-
-def _filled(
-    coarse: LinearizedChain, g: Array, chain: LinearizedChain, sources: Array | None, backend: Backend
-) -> Array:
-    """``g`` at all states of the chain, from its values at the stage boundaries."""
-    if coarse is chain:
-        return g
-    stages: Stages = coarse.pullbacks
-    inside = list(islice(stages.sweep(g[1:], sources, backend), stages.size - 1))
-    rows = backend.stack([g[:-1], *reversed(inside)], axis=1)
-    states = rows.reshape((len(coarse) * stages.size, *g.shape[1:]))
-    return backend.concat([states[: len(chain)], g[-1:]])
-
-
-def _enter(
-    chain: LinearizedChain, cotangent: Array, sources: Array | None, backend: Backend | str | None
-) -> tuple[LinearizedChain, Backend]:
-    """Check all input before any work: the bound chain and the backend."""
     if not isinstance(chain, LinearizedChain):
         raise TypeError(f"chain is a {type(chain).__name__}; give a LinearizedChain, as linearize returns")
     given = {"cotangent": cotangent} if sources is None else {"cotangent": cotangent, "sources": sources}
@@ -308,7 +242,7 @@ def _enter(
     check_floating(**given)
     if sources is not None:
         check_shape("sources", sources, (len(chain), *cotangent.shape))
-    return chain.bind(cotangent, resolved), resolved
+    return _Problem(chain.bind(cotangent, resolved), cotangent, sources, chunk, resolved)
 
 
 def _check_tolerance(tolerance: Any) -> float | None:

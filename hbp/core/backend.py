@@ -87,3 +87,13 @@ def check_count(name: str, value: Any, minimum: int) -> int:
     if count < minimum:
         raise ValueError(f"{name}={count} is too small; give an integer of at least {minimum}")
     return count
+
+
+def check_same(what: str, new: Array, old: Array) -> Array:
+    """``new``, after checking that it has the shape and dtype of ``old``, as a chain needs."""
+    if not hasattr(new, "shape") or not hasattr(new, "dtype"):
+        raise TypeError(f"{what} is a {type(new).__name__}; expected an array of shape {tuple(old.shape)}")
+    check_shape(what, new, old.shape)
+    if dtype_name(new) != dtype_name(old):
+        raise TypeError(f"{what} is {dtype_name(new)}, its input {dtype_name(old)}; keep one dtype along the chain")
+    return new

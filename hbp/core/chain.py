@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Protocol, TypeAlias
 
-from hbp.core.backend import Array, Backend, Pullback, check_count, check_floating, check_shape, dtype_name
-from hbp.core.operator import Identity, LinearOperator, Zero, concatenate, stack
+from hbp.core.backend import Array, Backend, Pullback, check_count, check_same
+from hbp.core.operator import Identity, LinearOperator, Zero, concatenate
 from hbp.core.registry import resolve
 
 IDENTITY = Identity()
@@ -97,7 +97,12 @@ class LinearizedChain:
 
     def bind(self, like: Array, backend: Backend) -> LinearizedChain:
         """This chain with its residual maps checked against states like ``like`` (`LinearOperator.bind`)."""
-        return replace(self, residual=self.residual.bind(len(self), like, backend))
+        inner = (
+            self.pullbacks.bind(like, backend)
+            if isinstance(self.pullbacks, LayerPullbacks | Stages)
+            else self.pullbacks
+        )
+        return replace(self, pullbacks=inner, residual=self.residual.bind(len(self), like, backend))
 
     def pull_blocks(self, g: Array, backend: Backend) -> Array:
         """``B[i]^T g[i]`` for all i at once, shapes (L, ...)."""
@@ -158,6 +163,9 @@ class LayerPullbacks:
     def __getitem__(self, index: slice) -> LayerPullbacks:
         return LayerPullbacks(self.chain[index])
 
+    def bind(self, like: Array, backend: Backend) -> LayerPullbacks:
+        return LayerPullbacks(self.chain.bind(like, backend))
+
     def __call__(self, cotangents: Array, backend: Backend) -> Array:
         return self.chain.pull_layers(cotangents, backend)
 
@@ -184,6 +192,9 @@ class Stages:
         start, stop, step = index.indices(len(self))
         return Stages(self.chain[start * self.stride : stop * self.stride], self.size, step * self.stride)
 
+    def bind(self, like: Array, backend: Backend) -> Stages:
+        return replace(self, chain=self.chain.bind(like, backend))
+
     def __call__(self, cotangents: Array, backend: Backend) -> Array:
         *_, g = self.sweep(cotangents, None, backend)
         return g
@@ -207,100 +218,6 @@ class Stages:
             yield g
 
 
-def linearize(
-    blocks: Sequence[Block],
-    x: Array,
-    residual: LinearOperator | Callable[[int, Array], LinearOperator] = IDENTITY,
-    *,
-    backend: Backend | str | None = None,
-) -> tuple[Array, LinearizedChain]:
-    """Run the chain ``x[i+1] = R[i] x[i] + block_i(x[i])`` and linearise it.
-
-    Args:
-        blocks: functions x -> (y, pullback), y of the shape and dtype of x.
-        x: the chain's input, real floating point.
-        residual: a stack of maps, or a function ``(i, x[i]) -> one map``, which counts as constant in x.
-
-    Returns:
-        ``x[L]`` and the chain.
-
-    Raises:
-        TypeError, ValueError: a block changes shape or dtype, or the residual maps do not fit.
-
-    >>> import numpy as np
-    >>> half = lambda x: (0.5 * x, lambda g: 0.5 * g)
-    >>> y, chain = linearize([half, half], np.array([4.0]))
-    >>> y.tolist(), len(chain)
-    ([9.0], 2)
-    """
-    resolved = resolve(backend, x)
-    maps, pullbacks, state = _ResidualMaps(residual, len(blocks), x, resolved), [], x
-    for i, block in enumerate(blocks):
-        y, pullback = _run("block", i, block, state)
-        state = maps(i, state).mv(state) + y
-        pullbacks.append(pullback)
-    return state, LinearizedChain(pullbacks, maps.stacked())
-
-
-def linearize_layers(
-    layers: Sequence[Block],
-    x: Array,
-    residual: LinearOperator | Callable[[int, Array, Array], LinearOperator] = IDENTITY,
-    *,
-    backend: Backend | str | None = None,
-) -> tuple[Array, LinearizedChain]:
-    """Run the chain ``x[i+1] = layer_i(x[i])`` of whole layers, skip included, and linearise it.
-
-    ``residual`` may be a function ``(i, x[i], x[i+1]) -> one map`` (gates, masks, norms); whatever it leaves of a
-    layer's Jacobian is the block. Arguments, results and errors otherwise as in `linearize`.
-
-    >>> import numpy as np
-    >>> layer = lambda x: (1.5 * x, lambda g: 1.5 * g)
-    >>> y, chain = linearize_layers([layer, layer], np.array([4.0]))
-    >>> y.tolist(), len(chain)
-    ([9.0], 2)
-    """
-    resolved = resolve(backend, x)
-    maps, pullbacks, state = _ResidualMaps(residual, len(layers), x, resolved), [], x
-    for i, layer in enumerate(layers):
-        y, pullback = _run("layer", i, layer, state)
-        maps(i, state, y)
-        state = y
-        pullbacks.append(pullback)
-    return state, LayerChain(pullbacks, maps.stacked())
-
-
-class _ResidualMaps:
-    """The residual maps of a chain being run: a stack given beforehand, or a function called layer by layer."""
-
-    def __init__(self, residual: Any, length: int, x: Array, backend: Backend) -> None:
-        check_floating(x=x)
-        if not isinstance(residual, LinearOperator) and not callable(residual):
-            raise TypeError(
-                f"residual is a {type(residual).__name__}; give an operator or a function returning one map"
-            )
-        self._length, self._x, self._backend = length, x, backend
-        self._given = residual.bind(length, x, backend) if isinstance(residual, LinearOperator) else None
-        self._function = residual
-        self._maps: list[LinearOperator] = []
-
-    def __call__(self, i: int, *states: Array) -> LinearOperator:
-        if self._given is not None:
-            return self._given[i]
-        self._maps.append(self._function(i, *states))
-        if not isinstance(self._maps[-1], LinearOperator):
-            raise TypeError(
-                f"the residual function returned a {type(self._maps[-1]).__name__} for layer {i}; "
-                "return one map: Identity(), Scalar(...), Diagonal(...), Dense(...) or Zero()"
-            )
-        return self._maps[-1]
-
-    def stacked(self) -> LinearOperator:
-        if self._given is not None:
-            return self._given
-        return stack(self._maps, self._x, self._backend).bind(self._length, self._x, self._backend)
-
-
 def _products(residual: LinearOperator, length: int, size: int, backend: Backend | str | None) -> LinearOperator:
     """The composed maps of each run of ``size`` layers and of the shorter rest."""
     full = length - length % size
@@ -317,23 +234,5 @@ def _then(first: LinearOperator, second: LinearOperator) -> LinearOperator:
     return second @ first
 
 
-def _run(kind: str, i: int, fn: Block, x: Array) -> tuple[Array, Pullback]:
-    result = fn(x)
-    if not isinstance(result, tuple) or len(result) != 2 or not callable(result[1]):
-        raise TypeError(f"{kind} {i} must return (y, pullback), with a callable pullback")
-    _same(f"the output of {kind} {i}", result[0], x)
-    return result
-
-
 def _checked(i: Any, pulled: Array, cotangent: Array) -> Array:
-    return _same(f"what the pullback of block {i} returned", pulled, cotangent)
-
-
-def _same(what: str, new: Array, old: Array) -> Array:
-    """``new``, after checking that it has the shape and dtype of ``old``, as a chain needs."""
-    if not hasattr(new, "shape") or not hasattr(new, "dtype"):
-        raise TypeError(f"{what} is a {type(new).__name__}; expected an array of shape {tuple(old.shape)}")
-    check_shape(what, new, old.shape)
-    if dtype_name(new) != dtype_name(old):
-        raise TypeError(f"{what} is {dtype_name(new)}, its input {dtype_name(old)}; keep one dtype along the chain")
-    return new
+    return check_same(f"what the pullback of block {i} returned", pulled, cotangent)

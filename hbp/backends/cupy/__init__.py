@@ -9,8 +9,8 @@ import cupy
 
 from hbp.backends._array import bound
 from hbp.backends.cupy.operations import CupyBackend
-from hbp.core.adjoint import Iterate, Report
 from hbp.core.chain import LinearizedChain
+from hbp.core.increments import Iterate, Report
 from hbp.core.operator import Dense, Diagonal, Identity, Pair, Scalar, Zero
 from hbp.core.schedule import Schedule
 

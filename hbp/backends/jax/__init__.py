@@ -6,8 +6,8 @@ from jax import jit
 
 from hbp.backends._array import bound
 from hbp.backends.jax.operations import JaxBackend
-from hbp.core.adjoint import Iterate, Report
 from hbp.core.chain import LinearizedChain
+from hbp.core.increments import Iterate, Report
 from hbp.core.operator import Dense, Diagonal, Identity, Pair, Scalar, Zero
 from hbp.core.schedule import Schedule
 

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from hbp.backends._array import bound
 from hbp.backends.torch.operations import TorchBackend
-from hbp.core.adjoint import Iterate, Report
 from hbp.core.chain import LinearizedChain
+from hbp.core.increments import Iterate, Report
 from hbp.core.operator import Dense, Diagonal, Identity, Pair, Scalar, Zero
 from hbp.core.schedule import Schedule
 

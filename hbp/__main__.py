@@ -1,0 +1,5 @@
+"""``python -m hbp``."""
+
+from hbp.cli import main
+
+raise SystemExit(main())

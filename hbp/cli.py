@@ -1,0 +1,158 @@
+"""The command line: ``hbp compare`` (the main job) and ``hbp info``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hbp
+from hbp.core.registry import LIBRARIES, load
+
+if TYPE_CHECKING:
+    from hbp.demo.compare import Run, Settings
+
+DEMO = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 2 for bad input, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except _InputError as error:
+        print(f"hbp: {error}", file=sys.stderr)
+        return 2
+
+
+class _InputError(Exception):
+    """Bad input, found before any work is done."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hbp", description="Highway backpropagation: a parallel backward pass.")
+    parser.add_argument("--version", action="version", version=f"hbp {hbp.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    info = commands.add_parser("info", help="backends, their versions and devices, and why one is unusable")
+    info.set_defaults(run=_info)
+    compare = commands.add_parser(
+        "compare",
+        help="train on digits with exact backprop, the fixed-point baseline and Highway-BP",
+        description="Train a recurrent net that reads scikit-learn's digits pixel by pixel (64 steps), from the same "
+        "start and batches, with exact backprop, the fixed-point baseline and Highway-BP; print a table, and write "
+        "compare.json and compare.png.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    compare.set_defaults(run=_compare)
+    compare.add_argument("--backend", choices=list(LIBRARIES), default="numpy", help="array library")
+    compare.add_argument("--cell", choices=["gru", "lstm"], default="gru", help="recurrent cell")
+    compare.add_argument("--steps", type=_at_least(1), default=600, help="training steps")
+    compare.add_argument("--seed", type=_at_least(0), default=0, help="start and batches")
+    compare.add_argument(
+        "--iterations", type=_at_least(0), nargs="+", default=[0, 1, 3], metavar="K", help="iterations to compare"
+    )
+    compare.add_argument(
+        "--chunks", type=_at_least(1), nargs="+", default=[1, 8], metavar="S", help="steps per chunk to compare"
+    )
+    compare.add_argument("--output", type=Path, default=Path("hbp-compare"), metavar="FOLDER", help="made if missing")
+    return parser
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {minimum}")
+        return value
+
+    return integer
+
+
+def _info(_: argparse.Namespace) -> int:
+    print(f"hbp {hbp.__version__}, Python {sys.version.split()[0]}")
+    for name, state in hbp.available().items():
+        print(f"  {name:<6} {state}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    missing = [package for module, package in DEMO.items() if find_spec(module) is None]
+    if missing:
+        raise _InputError(f"compare needs {', '.join(missing)}; install them: pip install 'hbp[demo]'")
+    for name in ("iterations", "chunks"):
+        values = getattr(options, name)
+        if len(set(values)) < len(values):
+            raise _InputError(f"--{name} names a value twice: {' '.join(map(str, values))}")
+    try:
+        load(options.backend)
+    except (ImportError, RuntimeError) as error:
+        raise _InputError(str(error)) from error
+    _check_writable(options.output)
+    from hbp.demo.compare import Settings
+
+    settings = Settings(
+        options.backend, options.cell, options.steps, options.seed, tuple(options.iterations), tuple(options.chunks)
+    )
+    return _train_and_show(settings, options.output)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _InputError(
+            f"cannot write to the output folder {str(folder)!r}: {error.strerror}; give another with --output"
+        ) from error
+
+
+def _train_and_show(settings: Settings, output: Path) -> int:
+    from rich.console import Console
+
+    from hbp.demo import results
+
+    console = Console()
+    runs, interrupted = _train(settings, console)
+    done = min((len(run.losses) for run in runs), default=0)
+    if not done:
+        console.print("interrupted before the first step was finished; nothing to show")
+        return INTERRUPTED
+    device = hbp.available()[settings.backend]
+    title = f"{settings.cell.upper()}, {settings.backend} {device}, {done} of {settings.steps} steps"
+    console.print(results.table(runs, title))
+    results.write_json(runs, settings, device, output / "compare.json")
+    results.plot(runs, settings, output / "compare.png")
+    console.print(f"wrote {output / 'compare.json'} and {output / 'compare.png'}", soft_wrap=True)
+    return INTERRUPTED if interrupted else 0
+
+
+def _train(settings: Settings, console: object) -> tuple[list[Run], bool]:
+    """Train with a progress bar; Ctrl-C ends it after the steps that all methods have finished."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from hbp.demo.compare import train
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    runs: list[Run] = []
+    with Progress(*columns, console=console) as progress:  # type: ignore[arg-type]
+        warm_up = progress.add_task("warming up", total=None)
+        training = progress.add_task("training   ", total=settings.steps)
+        try:
+            for runs in train(settings, load(settings.backend)):
+                progress.update(warm_up, total=len(runs))
+                if not runs[-1].losses:
+                    progress.advance(warm_up)
+                else:
+                    progress.update(training, completed=len(runs[0].losses))
+        except KeyboardInterrupt:
+            return [run.cut(min(len(run.losses) for run in runs)) for run in runs], True
+    return runs, False

@@ -1,0 +1,178 @@
+"""Train the same classifier with exact backprop, the fixed-point baseline and Highway-BP, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from hbp.core.backend import Array
+from hbp.core.operator import LinearOperator, Zero
+from hbp.demo.model import Adam, Classifier, Digits, Model, digits, initial
+
+COSINE_EVERY = 10
+ACCURACY_EVERY = 50
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one comparison trains, and for how long."""
+
+    backend: str = "numpy"
+    cell: str = "gru"
+    steps: int = 600
+    seed: int = 0
+    iterations: tuple[int, ...] = (0, 1, 3)
+    chunks: tuple[int, ...] = (1, 8)
+    hidden: int = 32
+    batch: int = 64
+    rate: float = 5e-3
+
+
+@dataclass
+class Run:
+    """One method's training: what it does, and every figure recorded while it did."""
+
+    method: str
+    iterations: int | None
+    chunk: int
+    residual: LinearOperator | None = None
+    losses: list[float] = field(default_factory=list)
+    forward_ms: list[float] = field(default_factory=list)
+    backward_ms: list[float] = field(default_factory=list)
+    update_ms: list[float] = field(default_factory=list)
+    cosines: list[float] = field(default_factory=list)
+    accuracies: list[tuple[int, float]] = field(default_factory=list)
+    """(steps taken, accuracy on the test images)"""
+
+    @property
+    def label(self) -> str:
+        """A name for plots and progress."""
+        if self.iterations is None:
+            return self.method
+        return f"{self.method} k={self.iterations}" + (f" chunk={self.chunk}" if self.chunk > 1 else "")
+
+    def cut(self, steps: int) -> Run:
+        """The figures of the first ``steps`` steps."""
+        kept = {name: getattr(self, name)[:steps] for name in ("losses", "forward_ms", "backward_ms", "update_ms")}
+        cosines = self.cosines[: -(-steps // COSINE_EVERY)]
+        return replace(self, cosines=cosines, accuracies=[a for a in self.accuracies if a[0] <= steps], **kept)
+
+    @property
+    def step_ms(self) -> list[float]:
+        """The duration of each whole step."""
+        return [sum(parts) for parts in zip(self.forward_ms, self.backward_ms, self.update_ms, strict=True)]
+
+
+def runs(settings: Settings) -> list[Run]:
+    """The methods to compare; the fixed point of no iterations is no method: it never looks back in time."""
+    fixed_point = [Run("fixed point", k, 1, Zero()) for k in settings.iterations if k]
+    highway = [Run("highway", k, chunk) for chunk in settings.chunks for k in settings.iterations]
+    return [Run("exact", None, 1), *fixed_point, *highway]
+
+
+class Trainer:
+    """Trains one run step by step and records its figures; the clock is stopped for everything but the step."""
+
+    def __init__(self, run: Run, settings: Settings, data: Digits, front_end: ModuleType) -> None:
+        backend, jit = front_end.backend, front_end.jit
+        model = Model(settings.cell, backend)
+        self.run, self._data, self._rate = run, data, settings.rate
+        self._state = Adam.start(initial(settings.cell, settings.hidden, settings.seed, backend.xp), backend)
+        self._forward, self._correct = jit(model.forward), jit(model.correct)
+        self._exact = jit(_with(model.backward, iterations=None))
+        self._backward = jit(_with(model.backward, iterations=run.iterations, chunk=run.chunk, residual=run.residual))
+
+    def warm_up(self, x: Array, y: Array) -> None:
+        """Compile and touch everything once, outside all figures."""
+        _, dlogits, states = self._forward(self._state.model, x, y)
+        gradient = self._backward(self._state.model, x, dlogits, states)
+        self._state.step(gradient, self._rate)
+        self._exact(self._state.model, x, dlogits, states)
+        self.measure_accuracy()
+        self.run.accuracies.clear()
+
+    def step(self, x: Array, y: Array) -> None:
+        """One training step on a batch."""
+        run, before = self.run, self._state
+        loss, (dlogits, states), forward_ms = self._timed_forward(x, y)
+        start = perf_counter()
+        gradient = self._backward(before.model, x, dlogits, states)
+        _wait(gradient)
+        middle = perf_counter()
+        self._state = before.step(gradient, self._rate)
+        _wait(self._state.model)
+        end = perf_counter()
+        if len(run.losses) % COSINE_EVERY == 0:
+            exact = self._exact(before.model, x, dlogits, states)
+            run.cosines.append(_cosine(gradient, exact))
+        run.forward_ms.append(forward_ms)
+        run.backward_ms.append(1e3 * (middle - start))
+        run.update_ms.append(1e3 * (end - middle))
+        run.losses.append(loss)  # last: its length counts the steps whose figures are complete
+        if len(run.losses) % ACCURACY_EVERY == 0:
+            self.measure_accuracy()
+
+    def measure_accuracy(self) -> None:
+        """Record the share of test images named rightly."""
+        count = float(self._correct(self._state.model, self._data.test_x, self._data.test_y))
+        self.run.accuracies.append((len(self.run.losses), count / len(self._data.test_y)))
+
+    def _timed_forward(self, x: Array, y: Array) -> tuple[float, tuple[Array, Any], float]:
+        start = perf_counter()
+        loss, dlogits, states = self._forward(self._state.model, x, y)
+        value = float(loss)
+        return value, (dlogits, states), 1e3 * (perf_counter() - start)
+
+
+def train(settings: Settings, front_end: ModuleType) -> Iterator[list[Run]]:
+    """Train all runs in turns, each step on the same batch, so that their times compare.
+
+    Yields the runs after the warm-up of each and then after every step; all their figures are there at each yield.
+    """
+    data = digits(front_end.backend.xp)
+    found = runs(settings)
+    trainers = [Trainer(run, settings, data, front_end) for run in found]
+    rng = np.random.default_rng(settings.seed)
+
+    def batch() -> tuple[Array, Array]:
+        chosen = front_end.backend.xp.asarray(rng.integers(0, len(data.train_y), settings.batch))
+        return data.train_x[:, chosen], data.train_y[chosen]
+
+    x, y = batch()
+    for trainer in trainers:
+        trainer.warm_up(x, y)
+        yield found
+    for step in range(settings.steps):
+        x, y = batch()
+        for trainer in trainers[step % len(trainers) :] + trainers[: step % len(trainers)]:
+            trainer.step(x, y)
+        yield found
+    for trainer in trainers:
+        if not trainer.run.accuracies or trainer.run.accuracies[-1][0] < settings.steps:
+            trainer.measure_accuracy()
+
+
+def _with(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def called(*args: Any) -> Any:
+        return function(*args, **options)
+
+    return called
+
+
+def _wait(model: Classifier) -> None:
+    """Wait for asynchronous work: reading one number of the last result needs all of it."""
+    float(model.bias[0])
+    float(model.cell.weight_hh[0, 0])
+
+
+def _cosine(gradient: Classifier, exact: Classifier) -> float:
+    """The cosine between two gradients of the cell's parameters (the head's is exact with every method)."""
+    pairs = list(zip(gradient.cell, exact.cell, strict=True))
+    dot = float(sum((a * b).sum() for a, b in pairs))
+    norms = float(sum((a * a).sum() for a, _ in pairs)) * float(sum((b * b).sum() for _, b in pairs))
+    return dot / norms**0.5 if norms else 1.0

@@ -1,0 +1,151 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hbp import cli
+from hbp.core import registry
+
+demo = pytest.mark.skipif(
+    any(cli.find_spec(module) is None for module in cli.DEMO), reason="the extra hbp[demo] is not installed"
+)
+ROWS = 1 + 2 + 3 * 2  # exact, the fixed point at k = 1 and 3, highway at k = 0, 1, 3 with both chunks
+
+
+def compare(*arguments):
+    return [sys.executable, "-m", "hbp", "compare", *arguments]
+
+
+def test_info_names_every_backend(capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name}" in printed for name in registry.LIBRARIES)
+
+
+@demo
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_compare_writes_all_it_promises(cell, tmp_path, capsys):
+    folder = tmp_path / "made" / "if missing"
+    assert cli.main(["compare", "--steps", "3", "--cell", cell, "--output", str(folder), "--seed", "5"]) == 0
+    document = json.loads((folder / "compare.json").read_text())
+    assert document["complete"] is True
+    assert document["settings"]["seed"] == 5
+    assert len(document["runs"]) == ROWS
+    for run in document["runs"]:
+        assert len(run["losses"]) == len(run["backward_ms"]) == run["steps"] == 3
+        assert 0 <= run["test_accuracy"] <= 1
+        assert 0 < run["backward_share"] < 1
+        assert run["losses"][0] == pytest.approx(document["runs"][0]["losses"][0], rel=1e-5)  # the same start
+    cosines = {(run["method"], run["iterations"], run["chunk"]): run["mean_cosine"] for run in document["runs"]}
+    assert cosines["exact", None, 1] == pytest.approx(1)
+    assert max(cosines["fixed point", 1, 1], cosines["highway", 0, 1]) < cosines["highway", 3, 8] - 1e-3
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert printed.count("highway") == 6
+    assert printed.count("fixed point") == 2
+
+
+@demo
+def test_enough_iterations_or_chunks_train_as_exact_backprop_does(tmp_path):
+    arguments = [
+        "compare",
+        "--steps",
+        "4",
+        "--iterations",
+        "1",
+        "8",
+        "64",
+        "--chunks",
+        "1",
+        "8",
+        "--output",
+        str(tmp_path),
+    ]
+    assert cli.main(arguments) == 0
+    by_options = {
+        (run["method"], run["iterations"], run["chunk"]): run
+        for run in json.loads((tmp_path / "compare.json").read_text())["runs"]
+    }
+    exact = by_options["exact", None, 1]["losses"]
+    for options in (("fixed point", 64, 1), ("highway", 64, 1), ("highway", 8, 8)):
+        assert by_options[options]["losses"] == pytest.approx(exact, rel=1e-4)
+    assert by_options["fixed point", 1, 1]["mean_cosine"] < 0.999
+
+
+@demo
+def test_other_backends_train_alike(library, tmp_path):
+    losses = {}
+    for name in {"numpy", library.name}:
+        folder = tmp_path / name
+        arguments = ["--backend", name, "--steps", "3", "--iterations", "1", "--chunks", "8", "--output", str(folder)]
+        assert cli.main(["compare", *arguments]) == 0
+        losses[name] = [run["losses"] for run in json.loads((folder / "compare.json").read_text())["runs"]]
+    for ours, reference in zip(losses[library.name], losses["numpy"], strict=True):
+        assert ours == pytest.approx(reference, rel=1e-4)
+
+
+@demo
+@pytest.mark.parametrize("at", [1, 7, 12])
+def test_interrupted_compare_keeps_what_was_finished(at, tmp_path, capsys, monkeypatch):
+    from hbp.demo import compare
+
+    step, calls = compare.Trainer.step, []
+
+    def interrupted(trainer, x, y):
+        calls.append(trainer)
+        if len(calls) > at:
+            raise KeyboardInterrupt
+        step(trainer, x, y)
+
+    monkeypatch.setattr(compare.Trainer, "step", interrupted)
+    arguments = ["--steps", "1000", "--iterations", "1", "--chunks", "1", "--output", str(tmp_path)]  # three methods
+    assert cli.main(["compare", *arguments]) == cli.INTERRUPTED
+    printed = capsys.readouterr().out
+    if at < 3:
+        assert "nothing to show" in printed
+        return
+    assert f"{at // 3} of 1000 steps" in printed
+    document = json.loads((tmp_path / "compare.json").read_text())
+    assert document["complete"] is False
+    assert [run["steps"] for run in document["runs"]] == [at // 3] * 3
+    assert all(len(run["update_ms"]) == at // 3 for run in document["runs"])
+
+
+@demo
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--iterations", "-1"], "'-1' is not an integer of at least 0"),
+        (["--iterations", "1.5"], "'1.5' is not an integer of at least 0"),
+        (["--chunks", "0"], "'0' is not an integer of at least 1"),
+        (["--steps", "0"], "'0' is not an integer of at least 1"),
+        (["--backend", "tensorflow"], "invalid choice: 'tensorflow'"),
+        (["--chunks", "8", "8"], "--chunks names a value twice: 8 8"),
+        (["--output", "/dev/null/folder"], "cannot write to the output folder '/dev/null/folder'"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_training(arguments, said):
+    child = subprocess.run(compare(*arguments), capture_output=True, text=True, check=False)
+    assert child.returncode == 2
+    assert said in child.stderr
+    assert "Traceback" not in child.stderr
+    assert child.stdout == ""
+
+
+@demo
+def test_a_backend_that_is_missing_is_said_before_training(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert cli.main(["compare", "--backend", "torch", "--output", str(tmp_path / "untouched")]) == 2
+    assert "pip install 'hbp[torch]'" in capsys.readouterr().err
+    assert not (tmp_path / "untouched").exists()
+
+
+def test_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda _: None)
+    assert cli.main(["compare"]) == 2
+    assert "pip install 'hbp[demo]'" in capsys.readouterr().err
