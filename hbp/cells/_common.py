@@ -65,6 +65,9 @@ def check_cell(gates: int, params: Any, x: Array, states: dict[str, Array], back
     """
     if not all(hasattr(params, name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
         raise TypeError(f"params is a {type(params).__name__}; give the cell's parameters, as hbp.cells.GRUParameters")
+    for name in ("weight_ih", "weight_hh"):
+        if getattr(params, name) is None:
+            raise TypeError(f"{name} is None; only the biases may be left out")
     weights = {name: array for name, array in params._asdict().items() if array is not None}
     resolved = resolve(backend, x, *states.values(), *weights.values())
     check_floating(x=x, **states, **weights)

@@ -109,6 +109,8 @@ def propagate(operator: LinearOperator, c: Array, *, backend: Backend | str | No
     >>> propagate(Scalar(0.5), np.array([0.0, 0.0, 8.0])).tolist()
     [2.0, 4.0, 8.0]
     """
+    if not isinstance(operator, LinearOperator):
+        raise TypeError(f"operator is a {type(operator).__name__}; give a residual operator, as Diagonal(...)")
     resolved = resolve(backend, c, *operator.arrays)
     check_floating(c=c)
     if c.ndim == 0 or not len(c):

@@ -8,7 +8,8 @@ from functools import reduce
 from typing import Any, Protocol, TypeAlias
 
 from hbp.core.backend import Array, Backend, Pullback, check_count, check_same
-from hbp.core.operator import Identity, LinearOperator, Zero, concatenate
+from hbp.core.joining import concatenate
+from hbp.core.operator import Identity, LinearOperator, Zero
 from hbp.core.registry import resolve
 
 IDENTITY = Identity()
@@ -36,23 +37,27 @@ class Pullbacks(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PullbackList:
-    """Pullbacks given as one callable per block."""
+    """Pullbacks given as one callable per block; ``numbers`` are the blocks' own, for messages."""
 
-    pullbacks: tuple[Pullback, ...]
+    pullbacks: Sequence[Pullback]
+    numbers: Sequence[int]
     traceable = False
 
     def __len__(self) -> int:
         return len(self.pullbacks)
 
     def __getitem__(self, index: slice) -> PullbackList:
-        return PullbackList(self.pullbacks[index])
+        return PullbackList(self.pullbacks[index], self.numbers[index])
 
     def __call__(self, cotangents: Array, backend: Backend) -> Array:
         pulled = backend.map(self.pullbacks, [cotangents[i] for i in range(len(self))])
-        return backend.stack([_checked(i, new, cotangents[i]) for i, new in enumerate(pulled)])
+        return backend.stack([self._checked(i, new, cotangents[i]) for i, new in enumerate(pulled)])
 
     def at(self, i: Any, cotangent: Array, backend: Backend) -> Array:
-        return _checked(i, self.pullbacks[i](cotangent), cotangent)
+        return self._checked(i, self.pullbacks[i](cotangent), cotangent)
+
+    def _checked(self, i: int, pulled: Array, cotangent: Array) -> Array:
+        return check_same(f"what the pullback of block {self.numbers[i]} returned", pulled, cotangent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +82,7 @@ class LinearizedChain:
             for i, pullback in enumerate(self.pullbacks):
                 if not callable(pullback):
                     raise TypeError(f"pullback {i} is a {type(pullback).__name__}; give a callable")
-            object.__setattr__(self, "pullbacks", PullbackList(tuple(self.pullbacks)))
+            object.__setattr__(self, "pullbacks", PullbackList(self.pullbacks, range(len(self.pullbacks))))
         if not isinstance(self.residual, LinearOperator):
             raise TypeError(
                 f"residual is a {type(self.residual).__name__}; give an operator: Identity(), Scalar(...), "
@@ -232,7 +237,3 @@ def _products(residual: LinearOperator, length: int, size: int, backend: Backend
 
 def _then(first: LinearOperator, second: LinearOperator) -> LinearOperator:
     return second @ first
-
-
-def _checked(i: Any, pulled: Array, cotangent: Array) -> Array:
-    return check_same(f"what the pullback of block {i} returned", pulled, cotangent)

@@ -7,7 +7,8 @@ from typing import Any
 
 from hbp.core.backend import Array, Backend, Pullback, check_floating, check_same
 from hbp.core.chain import IDENTITY, Block, LayerChain, LinearizedChain
-from hbp.core.operator import LinearOperator, stack
+from hbp.core.joining import stack
+from hbp.core.operator import LinearOperator
 from hbp.core.registry import resolve
 
 

@@ -21,6 +21,12 @@ from hbp.core.backend import Array, Backend, dtype_name
 class LinearOperator:
     """A stack of linear maps; this base class is symmetric and has any length, as `Identity` and `Zero` are."""
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not hasattr(value, "shape"):
+                raise TypeError(f"{type(self).__name__} takes arrays, {field.name} is a {type(value).__name__}")
+
     @property
     def T(self) -> LinearOperator:  # noqa: N802 - the field's name for a transpose
         """The transposed maps, in the same order."""
@@ -114,15 +120,14 @@ class Scalar(LinearOperator):
 
     def scaled(self, factor: Any) -> LinearOperator:
         if isinstance(self.value, tuple) or isinstance(factor, tuple):
-            return Scalar(tuple(a * b for a, b in zip(*_numbers(self.value, factor), strict=True)))
+            return Scalar(tuple(a * b for a, b in zip(*numbers(self.value, factor), strict=True)))
         return Scalar(self.value * factor)
 
     def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
         if isinstance(self.value, float):
             return self
         if not isinstance(self.value, tuple):
-            _check_stack("Scalar", self.value, length, (), like)
-            return self
+            return Scalar(_check_stack("Scalar", self.value, length, (), like, backend))
         if len(self.value) != length:
             raise ValueError(_wrong_length("Scalar", len(self.value), length))
         zero = backend.zeros_like(like.reshape(-1)[:1].sum())
@@ -136,7 +141,8 @@ class Scalar(LinearOperator):
 class Diagonal(LinearOperator):
     """R = diag(values), shape (L, ...): gates of recurrent cells, ReLU masks, scales of a post-norm.
 
-    One map broadcasts against one state as NumPy broadcasts; a boolean mask may stand for ones and zeros.
+    One map broadcasts against one state as NumPy broadcasts. Here as in the other kinds a boolean array stands for
+    ones and zeros.
     """
 
     values: Array
@@ -148,8 +154,7 @@ class Diagonal(LinearOperator):
         return Diagonal(self.values * _lift(factor, self.values.ndim))
 
     def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
-        values = _check_stack("Diagonal", self.values, length, like.shape, like)
-        return Diagonal(values if dtype_name(values) != "bool" else values + backend.zeros_like(like))
+        return Diagonal(_check_stack("Diagonal", self.values, length, like.shape, like, backend))
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +177,8 @@ class Dense(LinearOperator):
         return Dense(self.matrix * _lift(factor, self.matrix.ndim))
 
     def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
-        return Dense(_check_stack("Dense", self.matrix, length, (*like.shape, *like.shape[-1:]), like))
+        shape = (*like.shape, *like.shape[-1:])
+        return Dense(_check_stack("Dense", self.matrix, length, shape, like, backend, exact=(-1, -2)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +206,8 @@ class Pair(LinearOperator):
     def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
         if like.ndim < 2 or like.shape[-2] != 2:
             raise ValueError(f"a Pair acts on states of shape (..., 2, H), these have shape {tuple(like.shape)}")
-        return Pair(*(_check_stack("Pair", array, length, like.shape, like) for array in self.arrays))
+        stacks = (_check_stack("Pair", array, length, like.shape, like, backend, exact=(-2,)) for array in self.arrays)
+        return Pair(*stacks)
 
 
 def compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
@@ -228,73 +235,12 @@ def compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
     )
 
 
-def concatenate(
-    a: LinearOperator, b: LinearOperator, lengths: tuple[int, int], backend: Backend | None
-) -> LinearOperator:
-    """The stack ``a`` followed by ``b``, two stacks of one kind and of the given lengths."""
-    if isinstance(a, Scalar) and isinstance(b, Scalar) and not (a.arrays and b.arrays):
-        first, second = (_numbers(part.value, (1,) * n)[0] for part, n in zip((a, b), lengths, strict=True))
-        return Scalar(tuple(first) + tuple(second))
-    if isinstance(a, Identity | Zero):
-        return a
-    assert backend is not None  # stacks that hold arrays have one
-    joined = []
-    for x, y in zip(a.arrays, b.arrays, strict=True):
-        if x.shape[1:] != y.shape[1:]:  # a product of Pairs fills axes that a single one only broadcasts along
-            x, y = x + backend.zeros_like(y[:1]), y + backend.zeros_like(x[:1])
-        joined.append(backend.concat([x, y]))
-    return type(a)(*joined)
-
-
-def stack(maps: Sequence[LinearOperator], like: Array, backend: Backend) -> LinearOperator:
-    """Stack single maps on states like ``like``; mixed kinds are promoted to the widest among them.
-
-    Raises:
-        TypeError: an entry is no operator, or a `Pair` stands beside another kind.
-    """
-    for i, entry in enumerate(maps):
-        if not isinstance(entry, LinearOperator):
-            raise TypeError(f"the residual map of layer {i} is a {type(entry).__name__}; return one of hbp's operators")
-    kinds = {type(entry) for entry in maps}
-    if len(kinds) <= 1 and not kinds - {Identity, Zero}:
-        return maps[0] if maps else Identity()
-    if Pair in kinds:
-        if kinds != {Pair}:
-            names = sorted(kind.__name__ for kind in kinds)
-            raise TypeError(f"one chain mixes the residual kinds {names}; a Pair goes with Pairs only")
-        return Pair(*(backend.stack(arrays) for arrays in zip(*(entry.arrays for entry in maps), strict=True)))
-    if kinds == {Dense}:
-        return Dense(backend.stack([entry.arrays[0] for entry in maps]))
-    if Dense in kinds:
-        return Dense(backend.stack([_as_matrix(entry, like, backend) for entry in maps]))
-    if Diagonal in kinds:
-        return Diagonal(backend.stack([_as_diagonal(entry, like, backend) for entry in maps]))
-    zero = backend.zeros_like(like.reshape(-1)[:1].sum())
-    return Scalar(backend.stack([zero + _as_number(entry) for entry in maps]))
-
-
-def _as_number(entry: LinearOperator) -> Any:
-    return entry.value if isinstance(entry, Scalar) else float(isinstance(entry, Identity))
-
-
-def _as_diagonal(entry: LinearOperator, like: Array, backend: Backend) -> Array:
-    values = entry.values if isinstance(entry, Diagonal) else _as_number(entry)
-    return backend.zeros_like(like) + values
-
-
-def _as_matrix(entry: LinearOperator, like: Array, backend: Backend) -> Array:
-    if isinstance(entry, Dense):
-        return backend.zeros_like(like)[..., None] + entry.matrix
-    one = backend.zeros_like(like.reshape(-1, like.shape[-1])[0]) + 1
-    return _as_diagonal(entry, like, backend)[..., None] * backend.xp.diag(one)
-
-
 def _lift(factor: Any, ndim: int) -> Any:
     """An (L,) array as (L, 1, ..., 1) with ``ndim`` axes; a number as it is."""
     return factor.reshape(tuple(factor.shape) + (1,) * (ndim - factor.ndim)) if hasattr(factor, "shape") else factor
 
 
-def _numbers(*values: Any) -> list[tuple[float, ...]]:
+def numbers(*values: Any) -> list[tuple[float, ...]]:
     """Numbers and tuples of numbers as tuples of one common length."""
     length = max(len(value) for value in values if isinstance(value, tuple))
     return [value if isinstance(value, tuple) else (value,) * length for value in values]
@@ -304,19 +250,32 @@ def _wrong_length(kind: str, given: int, expected: int) -> str:
     return f"the residual {kind} has {given} maps and the chain {expected} layers; give one map per layer"
 
 
-def _check_stack(kind: str, array: Array, length: int, shape: Sequence[int], like: Array) -> Array:
-    """``array`` as (length, 1, ..., 1, its own axes), after checking that each entry broadcasts to ``shape``."""
+def _check_stack(
+    kind: str, array: Array, length: int, shape: Sequence[int], like: Array, backend: Backend, exact: Sequence[int] = ()
+) -> Array:
+    """``array`` as (length, 1, ..., 1, its own axes), after checking that each entry broadcasts to ``shape``.
+
+    The axes in ``exact`` must be there and may not broadcast.
+    """
     if array.ndim == 0 or len(array) != length:
         raise ValueError(_wrong_length(kind, len(array) if array.ndim else 0, length))
+    own, shape = tuple(array.shape[1:]), tuple(shape)
+    pairs = zip(own[::-1], shape[::-1], strict=False)
+    fits = len(own) <= len(shape) and all(a in (1, b) for a, b in pairs)
+    if not fits or any(len(own) < -axis or own[axis] != shape[axis] for axis in exact):
+        raise ValueError(
+            f"one map of the residual {kind} has shape {own}, which does not act on states of shape "
+            f"{tuple(like.shape)}; expected a shape that broadcasts to {shape}"
+        )
+    check_dtype(kind, array, like)
+    if dtype_name(array) == "bool":
+        array = array + backend.zeros_like(like.reshape(-1)[:1].sum())
+    return array.reshape((length,) + (1,) * (len(shape) - len(own)) + own)
+
+
+def check_dtype(kind: str, array: Array, like: Array) -> None:
+    """Raise TypeError unless a residual array has the states' dtype or is boolean."""
     if dtype_name(array) not in ("bool", dtype_name(like)):
         raise TypeError(
             f"the residual {kind} is {dtype_name(array)} and the states are {dtype_name(like)}; cast one of them"
         )
-    own = tuple(array.shape[1:])
-    fits = len(own) <= len(shape) and all(a in (1, b) for a, b in zip(own[::-1], tuple(shape)[::-1], strict=False))
-    if not fits:
-        raise ValueError(
-            f"one map of the residual {kind} has shape {own}, which does not act on states of shape "
-            f"{tuple(like.shape)}; expected a shape that broadcasts to {tuple(shape)}"
-        )
-    return array.reshape((length,) + (1,) * (len(shape) - len(own)) + own)

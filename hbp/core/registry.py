@@ -126,6 +126,8 @@ def resolve(backend: Backend | str | None, *arrays: Array) -> Backend:
         scoped = _scoped.get()
         backend = (_pinned if scoped is _INHERIT else scoped) or owner
     chosen = load(backend).backend if isinstance(backend, str) else backend
+    if not hasattr(chosen, "propagate") or not isinstance(getattr(chosen, "name", None), str):
+        raise TypeError(f"backend is a {type(chosen).__name__}; give one of the names {', '.join(LIBRARIES)}")
     if chosen.name != owner:
         raise TypeError(
             f"the backend is {chosen.name!r} and the arrays belong to {owner}; "

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hbp.core.backend import Array, Backend
-from hbp.core.operator import Diagonal, LinearOperator, Pair, Scalar, concatenate
+from hbp.core.joining import concatenate
+from hbp.core.operator import Diagonal, LinearOperator, Pair, Scalar
 
 
 @dataclass(frozen=True, eq=False)

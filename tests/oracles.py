@@ -1,0 +1,133 @@
+"""Independent oracles in plain NumPy, on explicit matrices; none of hbp's solvers is used here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+
+from hbp import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
+
+
+def path_sum(R: np.ndarray, B: np.ndarray, c: np.ndarray, k: int) -> np.ndarray:
+    """Iterate k by its definition: the sum over all residual/block paths that cross at most k blocks.
+
+    ``R`` and ``B`` are (L, d, d) in forward orientation, ``c`` is (L+1, d): 2^m paths lead from x[j] to x[j-m].
+    """
+    length = len(c) - 1
+    g = np.zeros(c.shape)
+    for i in range(length + 1):
+        for j in range(i, length + 1):
+            for crosses in product((False, True), repeat=j - i):
+                if sum(crosses) <= k:
+                    v = c[j]
+                    for layer in range(j - 1, i - 1, -1):
+                        v = (B if crosses[layer - i] else R)[layer].T @ v
+                    g[i] += v
+    return g
+
+
+def chunked_path_sum(R: np.ndarray, B: np.ndarray, c: np.ndarray, k: int, S: int) -> np.ndarray:
+    """Iterate k with stages of S layers: iterate k of the chain of stages, exact backprop inside each stage."""
+    length, d = len(c) - 1, c.shape[1]
+    bounds = [*range(0, length, S), length]
+    stages = list(pairwise(bounds))
+    coarse_R, coarse_B, entering = np.zeros((len(stages), d, d)), np.zeros((len(stages), d, d)), np.zeros((0, d))
+    for s, (start, end) in enumerate(stages):
+        residual = whole = np.eye(d)
+        entered = np.zeros(d)
+        for i in range(start, end):
+            entered = entered + whole.T @ c[i]
+            residual, whole = R[i] @ residual, (R[i] + B[i]) @ whole
+        coarse_R[s], coarse_B[s] = residual, whole - residual
+        entering = np.vstack([entering, entered])
+    boundary = path_sum(coarse_R, coarse_B, np.vstack([entering, c[-1]]), k)
+    g = np.zeros(c.shape)
+    g[length] = boundary[-1]
+    for s, (start, end) in enumerate(stages):
+        v = boundary[s + 1]
+        for i in range(end - 1, start, -1):
+            v = (R[i] + B[i]).T @ v + c[i]
+            g[i] = v
+        g[start] = boundary[s]
+    return g
+
+
+def suffix_loop(A: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """``g[i] = A[i] g[i+1] + c[i]`` with explicit matrices (L, d, d) and ``c`` (L+1, d)."""
+    g = np.array(c)
+    for i in range(len(c) - 2, -1, -1):
+        g[i] = A[i] @ g[i + 1] + c[i]
+    return g
+
+
+KINDS = (
+    "identity",
+    "zero",
+    "number",
+    "scalars",
+    "diagonal",
+    "diagonal-shared",
+    "diagonal-mask",
+    "dense",
+    "dense-entries",
+    "pair",
+    "pair-left-shared",
+    "pair-right-shared",
+)
+
+
+def fits(kind: str, shape: tuple[int, ...]) -> bool:
+    """Whether residual maps of this kind act on states of this shape."""
+    if kind.startswith("pair"):
+        return len(shape) >= 2 and shape[-2] == 2
+    return len(shape) >= {"diagonal-shared": 2, "dense": 1, "dense-entries": 2}.get(kind, 0)
+
+
+def residual_case(
+    kind: str, rng: np.random.Generator, length: int, shape: tuple[int, ...]
+) -> tuple[LinearOperator, np.ndarray]:
+    """A random stack of maps with entries below 1, and its matrices on flattened states, (length, n, n)."""
+    n, d = int(np.prod(shape)), shape[-1] if shape else 1
+    eye = np.eye(n)
+    if kind in ("identity", "zero", "number"):
+        operator, factor = {"identity": (Identity(), 1.0), "zero": (Zero(), 0.0), "number": (Scalar(0.7), 0.7)}[kind]
+        return operator, np.broadcast_to(factor * eye, (length, n, n))
+    if kind == "scalars":
+        values = rng.uniform(-1, 1, length)
+        return Scalar(values), values[:, None, None] * eye
+    if kind.startswith("diagonal"):
+        values = rng.uniform(-1, 1, (length, *(shape if kind != "diagonal-shared" else shape[-1:])))
+        values = values > 0 if kind == "diagonal-mask" else values
+        rows = np.array([np.broadcast_to(entry, shape).reshape(n) for entry in values]).reshape(length, n)
+        return Diagonal(values), rows[:, :, None] * eye
+    if kind.startswith("dense"):
+        batch = shape[:-1] if kind == "dense-entries" else ()
+        matrices = rng.uniform(-1, 1, (length, *batch, d, d)) / d
+        blocks = np.broadcast_to(matrices.reshape(length, int(np.prod(batch)), d, d), (length, n // d, d, d))
+        return Dense(matrices), np.einsum("lbij,bc->lbicj", blocks, np.eye(n // d)).reshape(length, n, n)
+    b = n // (2 * d)
+    arrays, full = [], []
+    for side in ("left", "right"):
+        own = shape[-2:] if kind == f"pair-{side}-shared" else shape
+        arrays.append(rng.uniform(-0.7, 0.7, (length, *own)))
+        rows = arrays[-1].reshape(length, int(np.prod(own[:-2])), 2, d)
+        full.append(np.broadcast_to(rows, (length, b, 2, d)))
+    matrices = np.einsum("lbpu,lbqu,bc,uv->lbpucqv", *full, np.eye(b), np.eye(d)).reshape(length, n, n)
+    return Pair(*arrays), matrices
+
+
+def converted(operator: LinearOperator, array: Callable[[Any], Any]) -> LinearOperator:
+    """The same stack over another library's arrays."""
+    return type(operator)(*map(array, operator.arrays)) if operator.arrays else operator
+
+
+def matrix_pullbacks(B: np.ndarray, array: Callable[[Any], Any] = np.asarray) -> list[Callable[[Any], Any]]:
+    """The pullbacks of the linear blocks ``B``, (L, n, n), on states of any shape with n entries."""
+
+    def pullback(transposed: Any) -> Callable[[Any], Any]:
+        return lambda g: (transposed @ g.reshape(-1)).reshape(g.shape)
+
+    return [pullback(array(matrix.T.copy())) for matrix in B]
