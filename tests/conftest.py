@@ -23,12 +23,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    required = [name for name in config.getoption("--backends").split(",") if name]
-    for name in required:
+    for name in _required(config):
         try:
             load(name)
         except (ValueError, ImportError, RuntimeError) as error:
             raise pytest.UsageError(f"--backends requires {name}: {error}") from error
+
+
+def _required(config: pytest.Config) -> list[str]:
+    return [name for name in config.getoption("--backends").split(",") if name]
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,15 @@ def _library(name: str, required: bool) -> Library:
     return Library(name, front_end, np.array, np.asarray)
 
 
-@pytest.fixture(params=NAMES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "library" in metafunc.fixturenames:
+        metafunc.parametrize("library", _required(metafunc.config) or NAMES, indirect=True)
+
+
+@pytest.fixture
 def library(request: pytest.FixtureRequest) -> Library:
     """Each installed backend in turn; with `--backends`, only those named, and all of them."""
-    required = [name for name in request.config.getoption("--backends").split(",") if name]
-    if required and request.param not in required:
-        pytest.skip(f"--backends names {', '.join(required)} only")
-    return _library(request.param, bool(required))
+    return _library(request.param, bool(_required(request.config)))
 
 
 @pytest.fixture(autouse=True)

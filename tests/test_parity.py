@@ -100,7 +100,7 @@ def test_cells(library: Library, cell: str, dtype: str, chunk: int, residual: st
 @both_cells
 def test_cells_without_jit(library: Library, cell: str, rng: np.random.Generator) -> None:
     not_the_reference(library)
-    given, options = numbers(cell, rng), [{}, {"iterations": 2}, {"tolerance": 1e-3}]
+    given, options = numbers(cell, rng), [{"iterations": 1}, {"tolerance": 1e-2}]
     close(library, gradients(cell, library.tree(given), options), gradients(cell, given, options), "float64")
 
 
