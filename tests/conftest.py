@@ -75,14 +75,18 @@ def _library(name: str, required: bool) -> Library:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "library" in metafunc.fixturenames:
+    chosen = any(mark.args[0] == "library" for mark in metafunc.definition.iter_markers("parametrize"))
+    if "library" in metafunc.fixturenames and not chosen:
         metafunc.parametrize("library", _required(metafunc.config) or NAMES, indirect=True)
 
 
 @pytest.fixture
 def library(request: pytest.FixtureRequest) -> Library:
     """Each installed backend in turn; with `--backends`, only those named, and all of them."""
-    return _library(request.param, bool(_required(request.config)))
+    required = _required(request.config)
+    if required and request.param not in required:
+        pytest.skip(f"a test of {request.param}, and --backends names {', '.join(required)}")
+    return _library(request.param, bool(required))
 
 
 @pytest.fixture(autouse=True)
