@@ -17,7 +17,7 @@ CONSTRAINTS = ("-c", "tests/constraints.txt")
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    session.install(*LINT, "numpy")
+    session.install("-e", ".[demo]", *LINT)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")

@@ -351,6 +351,16 @@ def test_another_split_of_the_same_layers(rng):
 # Iterates, reports and tolerances
 
 
+@pytest.mark.parametrize("kind", BASIC)
+def test_another_split_of_a_chain(kind, rng):
+    problem = Problem(kind, rng, 4)
+    half = 0.5 * np.eye(problem.R.shape[-1])
+    for k in range(5):
+        g = hbp.highway(problem.chain().resplit(Scalar(0.5)), problem.cotangent, k, sources=problem.sources)
+        rest = problem.R + problem.B - half
+        close(g, path_sum(np.stack([half] * 4), rest, problem.c(True), k).reshape(g.shape))
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_iterates_are_the_iterates(kind, chunk, rng):
@@ -433,12 +443,34 @@ def test_reports_say_whether_the_split_diverges(factor, length, diverges, librar
         assert short.verdict == f"converging: the last increment is {increments[2] / sizes[2]:.2g} of the solution"
 
 
+def test_an_increment_that_shrinks_is_no_divergence():
+    """A source that nearly cancels what arrives: the increment exceeds the solution without having grown."""
+    chain = LinearizedChain([lambda g: -2.0 * g], Zero())
+    found = hbp.report(chain, np.ones(1), sources=np.array([[2.5]]))
+    assert found.increments == pytest.approx((7.25**0.5, 2.0))
+    assert found.sizes == pytest.approx((7.25**0.5, 1.25**0.5))
+    assert not found.diverges
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_reports_of_what_is_not_finite(bad):
     with np.errstate(invalid="ignore"):
         found = hbp.report(LinearizedChain([lambda g: g * bad] * 3), np.ones(2))
     assert not found.finite
     assert found.verdict.startswith("not finite")
+
+
+@pytest.mark.parametrize(
+    ("increments", "sizes", "diverges"),
+    [
+        ((1.0, 0.9), (1.0, 0.1), False),  # past the solution, but shrinking: the paths cancel
+        ((1.0, 1.1), (1.0, 2.1), False),  # growing, but with the solution
+        ((1.0, 1.1), (1.0, 0.1), True),
+        ((1.0, 0.5, 0.6), (1.0, 1.5, 0.5), True),
+    ],
+)
+def test_divergence_is_growth_past_the_solution(increments, sizes, diverges):
+    assert hbp.Report(increments, sizes, exact=False).diverges is diverges
 
 
 def test_reports_of_zero_cotangents():

@@ -109,7 +109,7 @@ def test_cells_without_jit(library: Library, cell: str, rng: np.random.Generator
 def test_half_precision_stays(library: Library, cell: str, dtype: str, rng: np.random.Generator) -> None:
     if library.name in ("numpy", "cupy") and dtype == "bfloat16":
         pytest.skip(f"{library.name} has no bfloat16")
-    given, options = numbers(cell, rng), [{}, {"iterations": 1, "chunk": 3}]
+    given, options = numbers(cell, rng), [{"iterations": 1, "chunk": 3}]
     arrays = in_half(library, library.tree(given), dtype)
     actual = compiled(library, lambda arrays: gradients(cell, arrays, options))(arrays)
     close(library, actual, gradients(cell, given, options), dtype)
@@ -195,9 +195,9 @@ def solutions(library: Library | None, kind: str, a: Any) -> list[Any]:
         y, chain = linearize(blocks(library, a["weight"]), a["x"], residual=KINDS[kind](a))
         found.append(y)
         found.append(hbp.backprop(chain, a["cotangent"], a["sources"]))
-        for k, chunk in ((0, 1), (1, 1), (LAYERS, 1), (0, 2), (1, 2)):
+        for k, chunk in ((1, 1), (LAYERS, 1), (1, 2)):
             found.append(hbp.highway(chain, a["cotangent"], k, sources=a["sources"], chunk=chunk))
-        found.append(hbp.highway(chain, a["cotangent"], 1))
+        found.append(hbp.highway(chain, a["cotangent"], 0))
     return found
 
 
@@ -240,7 +240,7 @@ def test_all_iterations_are_autograd(library: Library, kind: str, whole: bool, r
         loss(x).backward()
         expected = x.grad
     else:
-        expected = compiled(library, import_module("jax").grad(loss))(a["x"])
+        expected = import_module("jax").grad(loss)(a["x"])
     close(library, [compiled(library, found)(a["x"])], [library.numpy(expected)], "float64")
 
 
