@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hbp
-from hbp.core.registry import LIBRARIES, load
+from hbp.core.registry import LIBRARIES, availability, load
 
 if TYPE_CHECKING:
     from hbp.demo.compare import Run, Settings
 
 DEMO = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+OUTPUTS = ("compare.json", "compare.png")
 INTERRUPTED = 130
 
 
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _InputError as error:
         print(f"hbp: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("hbp: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 class _InputError(Exception):
@@ -109,6 +113,9 @@ def _check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for name in OUTPUTS:
+            if (folder / name).exists():
+                (folder / name).open("ab").close()
     except OSError as error:
         raise _InputError(
             f"cannot write to the output folder {str(folder)!r}: {error.strerror}; give another with --output"
@@ -126,12 +133,13 @@ def _train_and_show(settings: Settings, output: Path) -> int:
     if not done:
         console.print("interrupted before the first step was finished; nothing to show")
         return INTERRUPTED
-    device = hbp.available()[settings.backend]
+    device = availability(settings.backend)
     title = f"{settings.cell.upper()}, {settings.backend} {device}, {done} of {settings.steps} steps"
     console.print(results.table(runs, title))
-    results.write_json(runs, settings, device, output / "compare.json")
-    results.plot(runs, settings, output / "compare.png")
-    console.print(f"wrote {output / 'compare.json'} and {output / 'compare.png'}", soft_wrap=True)
+    document, picture = (output / name for name in OUTPUTS)
+    results.write_json(runs, settings, device, document)
+    results.plot(runs, settings, picture)
+    console.print(f"wrote {document} and {picture}", soft_wrap=True)
     return INTERRUPTED if interrupted else 0
 
 

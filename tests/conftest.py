@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64 parity; hbp itself never touches JAX's configuration
@@ -16,6 +16,7 @@ import hbp
 from hbp.core.registry import load
 
 NAMES = ("numpy", "cupy", "torch", "jax")
+ON_GPU = ("cupy", "torch-cuda", "jax-gpu")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,15 +75,37 @@ def _library(name: str, required: bool) -> Library:
     return Library(name, front_end, np.array, np.asarray)
 
 
+def _on_gpu(name: str) -> Library:
+    """PyTorch or JAX with arrays on a CUDA device."""
+    library = _library(name.split("-")[0], required=False)
+    if name == "torch-cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip(f"torch {torch.__version__} finds no CUDA device")
+        return replace(library, array=lambda x: torch.from_numpy(np.array(x)).cuda())
+    import jax
+
+    if jax.default_backend() != "gpu":
+        pytest.skip(f"jax {jax.__version__} finds no CUDA device")
+    return library
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = any(mark.args[0] == "library" for mark in metafunc.definition.iter_markers("parametrize"))
     if "library" in metafunc.fixturenames and not chosen:
-        metafunc.parametrize("library", _required(metafunc.config) or NAMES, indirect=True)
+        if "gpu" in metafunc.config.getoption("markexpr"):
+            names = [pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU]
+        else:
+            names = _required(metafunc.config) or NAMES
+        metafunc.parametrize("library", names, indirect=True)
 
 
 @pytest.fixture
 def library(request: pytest.FixtureRequest) -> Library:
     """Each installed backend in turn; with `--backends`, only those named, and all of them."""
+    if request.param in ON_GPU[1:]:
+        return _on_gpu(request.param)
     required = _required(request.config)
     if required and request.param not in required:
         pytest.skip(f"a test of {request.param}, and --backends names {', '.join(required)}")

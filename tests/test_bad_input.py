@@ -340,3 +340,45 @@ def test_schedules_map_steps_to_iterations(phases, error, message):
 @pytest.mark.parametrize(("step", "error"), [(-1, ValueError), (0.5, TypeError), (True, TypeError), (None, TypeError)])
 def test_schedules_are_asked_for_a_step(step, error):
     refused([lambda: Schedule({0: 1})(step)], error, f"step={step}")
+
+
+def test_a_cotangent_unlike_the_states_is_refused_at_every_k():
+    _, chain = hbp.linearize([half] * 2, np.ones((4, 3)))
+    for k in (0, 1, None):
+        for coarse in (chain, chain.coarsen(2), chain.resplit(hbp.Zero())):
+            refused([lambda k=k, c=coarse: hbp.highway(c, np.ones(3), k)], ValueError, r"\(3,\), expected \(4, 3\)")
+            refused(
+                [lambda k=k, c=coarse: hbp.highway(c, np.ones((4, 3), np.float32), k)], TypeError, "float32 .* float64"
+            )
+
+
+@pytest.mark.parametrize(
+    "maps",
+    [
+        [hbp.Dense(np.ones((1, 3))), hbp.Identity()],
+        [hbp.Identity(), hbp.Diagonal(np.ones(4))],
+        [hbp.Identity(), hbp.Scalar(np.ones(3))],
+    ],
+)
+def test_a_map_that_does_not_fit_is_named_by_its_layer(maps):
+    number = next(i for i, m in enumerate(maps) if not isinstance(m, hbp.Identity))
+    refused(
+        [lambda: hbp.linearize_layers([half] * 2, X, lambda i, *_: maps[i])], ValueError, f"layer {number}: .*shape"
+    )
+
+
+def test_masks_are_for_diagonals_only():
+    mask = np.ones((2, 3, 3), bool)
+    refused(
+        [lambda: hbp.highway(LinearizedChain([np.negative] * 2, hbp.Dense(mask)), X, 0)], TypeError, "Dense is bool"
+    )
+
+
+@pytest.mark.parametrize("functions", [half, (f for f in [half])], ids=["function", "generator"])
+def test_layers_come_as_a_list(functions):
+    for linearize in (hbp.linearize, hbp.linearize_layers):
+        refused([lambda f=linearize: f(functions, X)], TypeError, "give a list of functions")
+    refused([lambda: LinearizedChain(functions)], TypeError, "give a list of callables")
+    refused([lambda: hbp.linearize([3], X)], TypeError, "block 0 is a int; give a function")
+    refused([lambda: hbp.linearize([half], X, hbp.Zero)], TypeError, "residual is a type; give an operator")
+    refused([lambda: LinearizedChain([np.negative])[0]], TypeError, "cut by slices")

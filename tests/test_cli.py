@@ -138,6 +138,33 @@ def test_bad_input_is_one_sentence_before_training(arguments, said):
 
 
 @demo
+@pytest.mark.parametrize("name", cli.OUTPUTS)
+def test_a_folder_in_the_place_of_a_result_is_said_before_training(name, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    assert cli.main(["compare", "--steps", "1", "--output", str(tmp_path)]) == 2
+    assert "Is a directory; give another with --output" in capsys.readouterr().err
+
+
+@demo
+def test_compare_loads_its_own_backend_only(tmp_path):
+    code = (
+        "import sys; from hbp.cli import main; "
+        f"assert main(['compare', '--steps', '1', '--iterations', '0', '--output', {str(tmp_path)!r}]) == 0; "
+        "assert not {'torch', 'jax', 'cupy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_an_interruption_anywhere_is_one_word(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.hbp, "available", interrupted)
+    assert cli.main(["info"]) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "hbp: interrupted\n"
+
+
+@demo
 def test_a_backend_that_is_missing_is_said_before_training(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert cli.main(["compare", "--backend", "torch", "--output", str(tmp_path / "untouched")]) == 2

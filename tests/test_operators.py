@@ -182,6 +182,30 @@ def test_stack_of_pairs(rng):
     close(stacked.bind(2, v[0], backend).mv(v), Pair(left, right).mv(v))
 
 
+def test_stack_of_pairs_shared_and_per_entry(rng):
+    shared, entries = rng.normal(size=(2, 3)), rng.normal(size=(4, 2, 3))
+    v = rng.normal(size=(2, 4, 2, 3))
+    maps = [Pair(shared, entries), Pair(entries, shared)]
+    stacked = stack(maps, v[0], backend).bind(2, v[0], backend)
+    close(stacked.mv(v), np.stack([one.mv(state) for one, state in zip(maps, v, strict=True)]))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize("beside", [Identity(), Dense(np.eye(3))], ids=lambda operator: type(operator).__name__)
+def test_stack_refuses_matrices_that_are_not_square(shape, beside):
+    """A vector beside another kind of map must not become a matrix by broadcasting."""
+    like = np.zeros(3)
+    with pytest.raises(ValueError, match="shape"):
+        stack([Dense(np.ones(shape)), beside], like, backend).bind(2, like, backend)
+
+
+@pytest.mark.parametrize("names", list(product(SINGLE, repeat=2)), ids="-".join)
+def test_stack_on_an_empty_batch(names):
+    like = np.zeros((0, 3))
+    stacked = stack([SINGLE[name][0] for name in names], like, backend).bind(2, like, backend)
+    assert stacked.mv(np.zeros((2, 0, 3))).shape == (2, 0, 3)
+
+
 def test_stack_of_nothing_and_of_nonsense():
     assert isinstance(stack([], np.zeros(3), backend), LinearOperator)
     with pytest.raises(TypeError, match=r"layer 1 is a float.*operators"):

@@ -307,3 +307,11 @@ def test_torch_chains_without_grad(library: Library, mode: str, kind: str, rng: 
         found = solutions(library, kind, arrays)
     assert not any(a.requires_grad for a in found)
     close(library, found, solutions(None, kind, given), "float64")
+
+
+def test_a_scan_under_vmap_of_torch(rng):
+    torch = pytest.importorskip("torch")
+    values, c = torch.from_numpy(rng.normal(size=(4, 3, 2))), torch.from_numpy(rng.normal(size=(4, 2)))
+    found = torch.func.vmap(lambda v: hbp.propagate(hbp.Diagonal(v), c))(values)
+    for each, v in zip(found, values, strict=True):
+        torch.testing.assert_close(each, hbp.propagate(hbp.Diagonal(v), c), rtol=1e-14, atol=1e-14)

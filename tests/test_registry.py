@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import hbp
+from hbp.core import registry
 from hbp.core.registry import load, resolve
 
 X = np.ones(3)
@@ -328,3 +329,21 @@ def test_a_backend_imports_no_other(name):
         f"hbp.backends.{name}",
         "hbp.backends._array",
     }
+
+
+def test_a_broken_library_is_unusable_and_says_why(monkeypatch):
+    def broken(_):
+        raise OSError("libcublas.so is missing")
+
+    monkeypatch.setattr(registry, "import_module", broken)
+    state = hbp.available()["numpy"]
+    assert not state
+    assert "OSError: libcublas.so is missing" in str(state)
+    with pytest.raises(RuntimeError, match="cannot be loaded"):
+        hbp.use("numpy")
+
+
+def test_a_chain_coarsens_whatever_is_pinned(monkeypatch):
+    chain = hbp.LinearizedChain([lambda g: g] * 3, hbp.Diagonal(np.ones((3, 2))))
+    monkeypatch.setattr(registry, "_pinned", "torch")
+    assert len(chain.coarsen(2)) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -26,7 +27,6 @@ class ArrayBackend:
         self.xp = xp
 
     def device(self) -> str:
-        """Where new arrays live, for people."""
         return "cpu"
 
     def concat(self, arrays: Sequence[Array], axis: int = 0) -> Array:
@@ -78,8 +78,11 @@ class ArrayBackend:
         return loop(step, carry, length, reverse, backend=self)
 
     def norm(self, x: Array) -> float:
-        wide = self.widened(x) if dtype_name(x) in HALF else x
-        return float(self.xp.linalg.norm(wide.reshape(-1)))
+        wide = (self.widened(x) if dtype_name(x) in HALF else x).reshape(-1)
+        largest = float(abs(wide).max()) if len(wide) else 0.0
+        if not largest or not math.isfinite(largest):
+            return largest
+        return largest * float(self.xp.linalg.norm(wide / largest))  # squares might overflow or vanish
 
 
 class NumpyLike(ArrayBackend):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from hbp.core.adjoint import highway
@@ -18,7 +19,7 @@ def sigmoid(x: Array, backend: Backend) -> Array:
 
 def matmul(x: Array, weight: Array) -> Array:
     """``x @ weight`` over the last axis as one matrix product, whatever the leading axes."""
-    rows = x.reshape((_size(x.shape[:-1]), x.shape[-1]))
+    rows = x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
     return (rows @ weight).reshape((*x.shape[:-1], weight.shape[-1]))
 
 
@@ -35,9 +36,14 @@ def previous(initial: Array, states: Array, backend: Backend) -> Array:
     return backend.concat([initial[None], states[:-1]])
 
 
+def first(g: Array, backend: Backend) -> Array:
+    """The cotangent of the initial state, without the others' memory."""
+    return backend.concat([g[:1]])[0]
+
+
 def weight_gradient(preactivations: Array, inputs: Array) -> Array:
     """The gradient of W in ``a = inputs @ W.T``, from a's cotangents (T, B, N) and the inputs (T, B, M): (N, M)."""
-    count = _size(inputs.shape[:-1])
+    count = math.prod(inputs.shape[:-1])
     return preactivations.reshape((count, preactivations.shape[-1])).T @ inputs.reshape((count, inputs.shape[-1]))
 
 
@@ -63,7 +69,7 @@ def check_cell(gates: int, params: Any, x: Array, states: dict[str, Array], back
         TypeError: no arrays, or arrays of several libraries or dtypes, or not real floating point.
         ValueError: shapes that do not fit each other, or no step at all.
     """
-    if not all(hasattr(params, name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
+    if not hasattr(params, "_asdict") or not hasattr(params, "weight_hh"):
         raise TypeError(f"params is a {type(params).__name__}; give the cell's parameters, as hbp.cells.GRUParameters")
     for name in ("weight_ih", "weight_hh"):
         if getattr(params, name) is None:
@@ -91,10 +97,3 @@ def check_cotangent(name: str, d: Array, like: Array, backend: Backend) -> None:
     resolve(backend, d)
     check_floating(**{name: d, "the output": like})
     check_shape(name, d, like.shape)
-
-
-def _size(shape: Any) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from hbp.cells._common import (
     check_cell,
     check_cotangent,
+    first,
     matmul,
     merged,
     previous,
@@ -107,7 +108,8 @@ class GRUBlocks:
 class GRUPullback:
     """The pullback of `gru` at a point; it needs no more than the inputs and the states.
 
-    The gates are computed again, for all steps at once, when it is first called.
+    The gates are computed again, for all steps at once, when it is first called: change none of the weights, inputs
+    and states in place before.
     """
 
     params: GRUParameters
@@ -157,7 +159,11 @@ class GRUPullback:
         recurrent = chain.pullbacks.gains * g[1:, ..., None, :]
         candidate = (by_input * g[1:])[..., None, :]
         inputs = merged(self.backend.concat([recurrent[..., :2, :], candidate], axis=-2))
-        return self._parameters(inputs, merged(recurrent)), matmul(inputs, self.params.weight_ih), g[0]
+        return (
+            self._parameters(inputs, merged(recurrent)),
+            matmul(inputs, self.params.weight_ih),
+            first(g, self.backend),
+        )
 
     def _parameters(self, inputs: Array, recurrent: Array) -> GRUParameters:
         """The parameters' gradients from the cotangents of both pre-activations, (T, B, 3H)."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from hbp.cells._common import (
     check_cell,
     check_cotangent,
+    first,
     matmul,
     merged,
     previous,
@@ -123,7 +124,8 @@ class LSTMBlocks:
 class LSTMPullback:
     """The pullback of `lstm` at a point; it needs no more than the inputs and the states.
 
-    The gates are computed again, for all steps at once, when it is first called.
+    The gates are computed again, for all steps at once, when it is first called: change none of the weights, inputs
+    and states in place before.
     """
 
     params: LSTMParameters
@@ -135,7 +137,7 @@ class LSTMPullback:
     @cached_property
     def chain(self) -> LinearizedChain:
         """The T steps, linearised: residual path c[t-1] -> c[t] -> h[t], blocks the gates."""
-        h, c = (previous(first, rest, self.backend) for first, rest in zip(self.initial, self.states, strict=True))
+        h, c = (previous(start, rest, self.backend) for start, rest in zip(self.initial, self.states, strict=True))
         inputs = project(self.x, self.params.weight_ih, self.params.bias_ih, self.params.bias_hh)
         i, f, g, o = _gates(self.params, inputs, h, self.backend)
         tanh_c = self.backend.xp.tanh(self.states[1])
@@ -175,7 +177,8 @@ class LSTMPullback:
         options = {"iterations": iterations, "chunk": chunk, "tolerance": tolerance}
         g = state_cotangents(self.chain, d, residual, self.backend, options)
         a = self.chain.pullbacks.preactivations(g[1:], self.backend)
-        return self._parameters(a), matmul(a, self.params.weight_ih), (g[0, :, 1], g[0, :, 0])
+        d0 = first(g, self.backend)
+        return self._parameters(a), matmul(a, self.params.weight_ih), (d0[:, 1], d0[:, 0])
 
     def _parameters(self, a: Array) -> LSTMParameters:
         """The parameters' gradients from the cotangents of the pre-activations, (T, B, 4H)."""

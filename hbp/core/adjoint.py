@@ -31,7 +31,7 @@ def backprop(
     *,
     backend: Backend | str | None = None,
 ) -> Array:
-    """Exact backpropagation, layer after layer: all of ``g``, shape (L+1, ...).
+    """Exact backpropagation, layer after layer: all of ``g``, shape (L+1, ...), rounded at each layer.
 
     Raises:
         TypeError, ValueError: arrays of several libraries or dtypes, shapes that do not fit the chain.
@@ -115,7 +115,8 @@ def propagate(operator: LinearOperator, c: Array, *, backend: Backend | str | No
     check_floating(c=c)
     if c.ndim == 0 or not len(c):
         raise ValueError(f"c has shape {tuple(c.shape)}; give one entry per state, (L+1, ...)")
-    return resolved.propagate(operator.bind(len(c) - 1, c[-1], resolved), c)
+    g = resolved.propagate(operator.bind(len(c) - 1, c[-1], resolved), c)
+    return resolved.concat([c]) if g is c else g  # the caller's array is not handed back
 
 
 def iterates(
@@ -134,7 +135,8 @@ def iterates(
     [(0, 4.0), (1, 8.0), (2, 9.0)]
     """
     problem = _posed(chain, cotangent, sources, chunk, backend)
-    return (replace(it, cotangents=problem.filled(it.cotangents)) for it in problem.increments())
+    copy = problem.backend.concat  # the iteration goes on from its own arrays, whatever becomes of these
+    return (replace(it, cotangents=copy([problem.filled(it.cotangents)])) for it in problem.increments())
 
 
 def report(
@@ -189,7 +191,7 @@ class _Problem:
     def exact(self) -> Array:
         """Layer after layer."""
         if not len(self.chain):
-            return self.cotangent[None]
+            return self.backend.stack([self.cotangent])
 
         def layer_by_layer(g: Array, i: int) -> Array:
             g = self.chain.pull_layer(i, g, self.backend)

@@ -15,7 +15,7 @@ Pullback: TypeAlias = Callable[[Array], Array]
 
 
 class Backend(Protocol):
-    """The seven operations of an array library, and three that its cells need.
+    """The seven operations of an array library, a namespace and a scan for its cells, and two for reports.
 
     Nothing is created without a template array, so dtype and device always come from an argument.
     Implementations leave their arguments unchanged.
@@ -48,6 +48,9 @@ class Backend(Protocol):
 
     def norm(self, x: Array) -> float:
         """The Euclidean norm of all entries, as a Python float."""
+
+    def device(self) -> str:
+        """Where new arrays live, for people."""
 
 
 def dtype_name(x: Array) -> str:
@@ -87,13 +90,3 @@ def check_count(name: str, value: Any, minimum: int) -> int:
     if count < minimum:
         raise ValueError(f"{name}={count} is too small; give an integer of at least {minimum}")
     return count
-
-
-def check_same(what: str, new: Array, old: Array) -> Array:
-    """``new``, after checking that it has the shape and dtype of ``old``, as a chain needs."""
-    if not hasattr(new, "shape") or not hasattr(new, "dtype"):
-        raise TypeError(f"{what} is a {type(new).__name__}; expected an array of shape {tuple(old.shape)}")
-    check_shape(what, new, old.shape)
-    if dtype_name(new) != dtype_name(old):
-        raise TypeError(f"{what} is {dtype_name(new)}, its input {dtype_name(old)}; keep one dtype along the chain")
-    return new

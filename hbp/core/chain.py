@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Protocol, TypeAlias
 
-from hbp.core.backend import Array, Backend, Pullback, check_count, check_same
+from hbp.core.backend import Array, Backend, Pullback, check_count, check_shape, dtype_name
 from hbp.core.joining import concatenate
 from hbp.core.operator import Identity, LinearOperator, Zero
-from hbp.core.registry import resolve
+from hbp.core.registry import backend_of, load, resolve
 
 IDENTITY = Identity()
 
@@ -76,6 +76,8 @@ class LinearizedChain:
 
     pullbacks: Any
     residual: LinearOperator = IDENTITY
+    state: tuple[tuple[int, ...], str] | None = None
+    """The shape and dtype of the states, where known."""
 
     def __post_init__(self) -> None:
         if isinstance(self.pullbacks, Sequence):
@@ -88,6 +90,8 @@ class LinearizedChain:
                 f"residual is a {type(self.residual).__name__}; give an operator: Identity(), Scalar(...), "
                 "Diagonal(...), Dense(...) or Zero()"
             )
+        if not all(hasattr(self.pullbacks, name) for name in ("__len__", "__getitem__", "at")):
+            raise TypeError(f"pullbacks is a {type(self.pullbacks).__name__}; give a list of callables, one per block")
         if self.residual.length not in (None, len(self)):
             raise ValueError(
                 f"the residual {type(self.residual).__name__} has {self.residual.length} maps and the chain "
@@ -98,10 +102,17 @@ class LinearizedChain:
         return len(self.pullbacks)
 
     def __getitem__(self, index: slice) -> LinearizedChain:
+        if not isinstance(index, slice):
+            raise TypeError(f"a chain is cut by slices, chain[i:j], not by a {type(index).__name__}")
         return replace(self, pullbacks=self.pullbacks[index], residual=self.residual[index])
 
     def bind(self, like: Array, backend: Backend) -> LinearizedChain:
-        """This chain with its residual maps checked against states like ``like`` (`LinearOperator.bind`)."""
+        """This chain, checked against states like ``like``, its residual maps aligned (`LinearOperator.bind`)."""
+        if self.state is not None:
+            shape, dtype = self.state
+            check_shape("the cotangent, as the chain's states,", like, shape)
+            if dtype_name(like) != dtype:
+                raise TypeError(f"the cotangent is {dtype_name(like)} and the chain's states are {dtype}; cast it")
         inner = (
             self.pullbacks.bind(like, backend)
             if isinstance(self.pullbacks, LayerPullbacks | Stages)
@@ -123,7 +134,7 @@ class LinearizedChain:
 
     def resplit(self, residual: LinearOperator) -> LinearizedChain:
         """The same layers under another split: the block is whatever ``residual`` leaves of each layer."""
-        return LayerChain(LayerPullbacks(self), residual)
+        return LayerChain(LayerPullbacks(self), residual, self.state)
 
     def coarsen(self, size: int, backend: Backend | str | None = None) -> LinearizedChain:
         """The chain of stages of ``size`` consecutive layers (the last may be shorter).
@@ -134,7 +145,7 @@ class LinearizedChain:
         size = min(check_count("chunk", size, 1), max(len(self), 1))
         if size == 1:
             return self
-        return LayerChain(Stages(self, size, size), _products(self.residual, len(self), size, backend))
+        return LayerChain(Stages(self, size, size), _products(self.residual, len(self), size, backend), self.state)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,10 +241,23 @@ def _products(residual: LinearOperator, length: int, size: int, backend: Backend
     if full == length:
         return product
     rest = reduce(_then, (residual[i : i + 1] for i in range(full, length)))
-    return concatenate(
-        product, rest, (full // size, 1), resolve(backend, *residual.arrays) if residual.arrays else None
-    )
+    owner = None
+    if residual.arrays:
+        owner = load(backend_of(*residual.arrays)).backend if backend is None else resolve(backend, *residual.arrays)
+    return concatenate(product, rest, (full // size, 1), owner)
 
 
 def _then(first: LinearOperator, second: LinearOperator) -> LinearOperator:
     return second @ first
+
+
+def check_same(what: str, new: Array, old: Array) -> Array:
+    """``new``, after checking that it has the library, shape and dtype of ``old``, as a chain needs."""
+    if not hasattr(new, "shape") or not hasattr(new, "dtype"):
+        raise TypeError(f"{what} is a {type(new).__name__}; expected an array of shape {tuple(old.shape)}")
+    check_shape(what, new, old.shape)
+    if backend_of(new) != backend_of(old):
+        raise TypeError(f"{what} belongs to {backend_of(new)}, its input to {backend_of(old)}; nothing is converted")
+    if dtype_name(new) != dtype_name(old):
+        raise TypeError(f"{what} is {dtype_name(new)}, its input {dtype_name(old)}; keep one dtype along the chain")
+    return new

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hbp.core.backend import Array, Backend, Pullback, check_floating, check_same
-from hbp.core.chain import IDENTITY, Block, LayerChain, LinearizedChain
+from hbp.core.backend import Array, Backend, Pullback, check_floating, dtype_name
+from hbp.core.chain import IDENTITY, Block, LayerChain, LinearizedChain, check_same
 from hbp.core.joining import stack
 from hbp.core.operator import LinearOperator
 from hbp.core.registry import resolve
@@ -38,13 +38,13 @@ def linearize(
     >>> y.tolist(), len(chain)
     ([9.0], 2)
     """
-    resolved = resolve(backend, x)
+    resolved = _entered("blocks", blocks, x, backend)
     maps, pullbacks, state = _ResidualMaps(residual, len(blocks), x, resolved), [], x
     for i, block in enumerate(blocks):
         y, pullback = _run("block", i, block, state)
         state = maps(i, state).mv(state) + y
         pullbacks.append(pullback)
-    return state, LinearizedChain(pullbacks, maps.stacked())
+    return state, LinearizedChain(pullbacks, maps.stacked(), _state(x))
 
 
 def linearize_layers(
@@ -65,28 +65,35 @@ def linearize_layers(
     >>> y.tolist(), len(chain)
     ([9.0], 2)
     """
-    resolved = resolve(backend, x)
+    resolved = _entered("layers", layers, x, backend)
     maps, pullbacks, state = _ResidualMaps(residual, len(layers), x, resolved), [], x
     for i, layer in enumerate(layers):
         y, pullback = _run("layer", i, layer, state)
         maps(i, state, y)
         state = y
         pullbacks.append(pullback)
-    return state, LayerChain(pullbacks, maps.stacked())
+    return state, LayerChain(pullbacks, maps.stacked(), _state(x))
+
+
+def _entered(kind: str, functions: Any, x: Array, backend: Backend | str | None) -> Backend:
+    if not isinstance(functions, Sequence):
+        raise TypeError(f"{kind} is a {type(functions).__name__}; give a list of functions x -> (y, pullback)")
+    resolved = resolve(backend, x)
+    check_floating(x=x)
+    return resolved
 
 
 class _ResidualMaps:
     """The residual maps of a chain being run: a stack given beforehand, or a function called layer by layer."""
 
     def __init__(self, residual: Any, length: int, x: Array, backend: Backend) -> None:
-        check_floating(x=x)
-        if not isinstance(residual, LinearOperator) and not callable(residual):
+        if not isinstance(residual, LinearOperator) and (not callable(residual) or isinstance(residual, type)):
             raise TypeError(
                 f"residual is a {type(residual).__name__}; give an operator or a function returning one map"
             )
         self._length, self._x, self._backend = length, x, backend
         self._given = residual.bind(length, x, backend) if isinstance(residual, LinearOperator) else None
-        self._function = residual
+        self._function: Any = residual
         self._maps: list[LinearOperator] = []
 
     def __call__(self, i: int, *states: Array) -> LinearOperator:
@@ -106,7 +113,13 @@ class _ResidualMaps:
         return stack(self._maps, self._x, self._backend).bind(self._length, self._x, self._backend)
 
 
+def _state(x: Array) -> tuple[tuple[int, ...], str]:
+    return tuple(x.shape), dtype_name(x)
+
+
 def _run(kind: str, i: int, fn: Block, x: Array) -> tuple[Array, Pullback]:
+    if not callable(fn):
+        raise TypeError(f"{kind} {i} is a {type(fn).__name__}; give a function x -> (y, pullback)")
     result = fn(x)
     if not isinstance(result, tuple) or len(result) != 2 or not callable(result[1]):
         raise TypeError(f"{kind} {i} must return (y, pullback), with a callable pullback")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hbp.core.backend import Array
 
+CONVERGING = 0.5  # a larger share of the solution in one increment is no sign of convergence
 ADVICE = "damp the split (Scalar(1 - gamma)), use chunks, or exact backprop"
 
 
@@ -34,7 +35,7 @@ class Iterate:
     @property
     def relative(self) -> float:
         """The increment as a fraction of the solution; 0 where both are zero."""
-        return self.increment / self.size if self.size else self.increment
+        return _ratio(self.increment, self.size)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,12 @@ class Report:
         if not self.finite:
             return "not finite: an increment holds NaN or infinity"
         if self.diverges:
-            worst = max(a / b if b else math.inf for a, b in zip(self.increments, self.sizes, strict=True))
+            worst = max(map(_ratio, self.increments, self.sizes))
             return f"diverges: the increments grow to {worst:.2g} times the solution; {ADVICE}"
-        last = self.increments[-1] / self.sizes[-1] if self.sizes[-1] else 0.0
-        return f"{'exact' if self.exact else 'converging'}: the last increment is {last:.2g} of the solution"
+        last = _ratio(self.increments[-1], self.sizes[-1])
+        state = "exact" if self.exact else "converging" if last < CONVERGING else "not yet converged"
+        return f"{state}: the last increment is {last:.2g} of the solution"
+
+
+def _ratio(increment: float, size: float) -> float:
+    return increment / size if size else math.inf if increment else 0.0

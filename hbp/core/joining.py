@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hbp.core.backend import Array, Backend
-from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero, check_dtype, numbers
+from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero, numbers
 
 
 def concatenate(
@@ -36,18 +36,23 @@ def stack(maps: Sequence[LinearOperator], like: Array, backend: Backend) -> Line
     for i, entry in enumerate(maps):
         if not isinstance(entry, LinearOperator):
             raise TypeError(f"the residual map of layer {i} is a {type(entry).__name__}; return one of hbp's operators")
-        for array in entry.arrays:
-            check_dtype(type(entry).__name__, array, like)
+        try:
+            entry.check_map(like)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {i}: {error}") from None
     kinds = {type(entry) for entry in maps}
     if len(kinds) <= 1 and not kinds - {Identity, Zero}:
         return maps[0] if maps else Identity()
+    alike = len({tuple(tuple(array.shape) for array in entry.arrays) for entry in maps}) == 1
     if Pair in kinds:
         if kinds != {Pair}:
             names = sorted(kind.__name__ for kind in kinds)
             raise TypeError(f"one chain mixes the residual kinds {names}; a Pair goes with Pairs only")
+        if not alike:
+            zeros = backend.zeros_like(like)
+            maps = [Pair(*(array + zeros for array in entry.arrays)) for entry in maps]
         return Pair(*(backend.stack(arrays) for arrays in zip(*(entry.arrays for entry in maps), strict=True)))
-    shapes = {tuple(array.shape) for entry in maps for array in entry.arrays}
-    if kinds == {Dense} and len(shapes) == 1:
+    if kinds == {Dense} and alike:
         return Dense(backend.stack([entry.arrays[0] for entry in maps]))
     if Dense in kinds:
         return Dense(backend.stack([_as_matrix(entry, like, backend) for entry in maps]))
@@ -69,5 +74,6 @@ def _as_diagonal(entry: LinearOperator, like: Array, backend: Backend) -> Array:
 def _as_matrix(entry: LinearOperator, like: Array, backend: Backend) -> Array:
     if isinstance(entry, Dense):
         return backend.zeros_like(like)[..., None] + entry.matrix
-    one = backend.zeros_like(like.reshape(-1, like.shape[-1])[0]) + 1
+    row = like if like.ndim == 1 else like.sum(tuple(range(like.ndim - 1)))
+    one = backend.zeros_like(row) + 1
     return _as_diagonal(entry, like, backend)[..., None] * backend.xp.diag(one)

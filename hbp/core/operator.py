@@ -9,7 +9,6 @@ compose them (design: Boehm et al. 2019, and equation 12 of the highway-backprop
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
@@ -56,15 +55,60 @@ class LinearOperator:
 
         Raises:
             ValueError: the stack has another length, or its maps do not act on states of this shape.
-            TypeError: its dtype is neither that of the states nor boolean.
+            TypeError: its dtype is not that of the states (a `Diagonal` may be boolean).
         """
-        return self
+        checked = [self._checked_stack(array, length, like, backend) for array in self.arrays]
+        return type(self)(*checked) if checked else self
+
+    def check_map(self, like: Array) -> None:
+        """Check that this single map acts on states like ``like``; raises as `bind` does."""
+        for array in self.arrays:
+            self._check_dtype(array, like)
+            self._check_shape(tuple(array.shape), like)
+
+    def _target(self, like: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shape that one map's arrays broadcast to, and the axes of it that must be there in full."""
+        return (), ()
+
+    def _check_shape(self, own: tuple[int, ...], like: Array) -> None:
+        shape, full = self._target(like)
+        pairs = zip(own[::-1], shape[::-1], strict=False)
+        fits = len(own) <= len(shape) and all(a in (1, b) for a, b in pairs)
+        if not fits or any(len(own) < -axis or own[axis] != shape[axis] for axis in full):
+            raise ValueError(
+                f"one map of the residual {type(self).__name__} has shape {own}, which does not act on states of "
+                f"shape {tuple(like.shape)}; expected a shape that broadcasts to {shape}"
+            )
+
+    def _check_dtype(self, array: Array, like: Array) -> None:
+        allowed = ("bool", dtype_name(like)) if isinstance(self, Diagonal) else (dtype_name(like),)
+        if dtype_name(array) not in allowed:
+            raise TypeError(
+                f"the residual {type(self).__name__} is {dtype_name(array)} and the states are {dtype_name(like)}; "
+                "cast one of them"
+            )
+
+    def _checked_stack(self, array: Array, length: int, like: Array, backend: Backend) -> Array:
+        """``array`` as (length, 1, ..., 1, its own axes), checked."""
+        kind = type(self).__name__
+        if array.ndim == 0:
+            raise ValueError(f"the residual {kind} is a 0-d array; give a Python number or one map per layer")
+        if len(array) != length:
+            raise ValueError(
+                f"the residual {kind} has {len(array)} maps and the chain {length} layers; give one map per layer"
+            )
+        own = tuple(array.shape[1:])
+        self._check_dtype(array, like)
+        self._check_shape(own, like)
+        if dtype_name(array) == "bool":
+            array = array + backend.zeros_like(like.reshape(-1)[:1].sum())
+        return array.reshape((length,) + (1,) * (len(self._target(like)[0]) - len(own)) + own)
 
     def __getitem__(self, index: Any) -> LinearOperator:
         return type(self)(*(array[index] for array in self.arrays))
 
     def __matmul__(self, other: LinearOperator) -> LinearOperator:
-        return compose(self, other)
+        return compose(self, other) if isinstance(other, LinearOperator) else NotImplemented
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +168,10 @@ class Scalar(LinearOperator):
         return Scalar(self.value * factor)
 
     def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
-        if isinstance(self.value, float):
-            return self
         if not isinstance(self.value, tuple):
-            return Scalar(_check_stack("Scalar", self.value, length, (), like, backend))
-        if len(self.value) != length:
-            raise ValueError(_wrong_length("Scalar", len(self.value), length))
+            return super().bind(length, like, backend)
         zero = backend.zeros_like(like.reshape(-1)[:1].sum())
-        return Scalar(backend.stack([zero + number for number in self.value]))
+        return Scalar(backend.stack([zero + number for number in self.value])).bind(length, like, backend)
 
     def __getitem__(self, index: Any) -> LinearOperator:
         return self if isinstance(self.value, float) else Scalar(self.value[index])
@@ -141,8 +181,7 @@ class Scalar(LinearOperator):
 class Diagonal(LinearOperator):
     """R = diag(values), shape (L, ...): gates of recurrent cells, ReLU masks, scales of a post-norm.
 
-    One map broadcasts against one state as NumPy broadcasts. Here as in the other kinds a boolean array stands for
-    ones and zeros.
+    One map broadcasts against one state as NumPy broadcasts; a boolean mask stands for ones and zeros.
     """
 
     values: Array
@@ -153,8 +192,8 @@ class Diagonal(LinearOperator):
     def scaled(self, factor: Any) -> LinearOperator:
         return Diagonal(self.values * _lift(factor, self.values.ndim))
 
-    def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
-        return Diagonal(_check_stack("Diagonal", self.values, length, like.shape, like, backend))
+    def _target(self, like: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(like.shape), ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,9 +215,8 @@ class Dense(LinearOperator):
     def scaled(self, factor: Any) -> LinearOperator:
         return Dense(self.matrix * _lift(factor, self.matrix.ndim))
 
-    def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
-        shape = (*like.shape, *like.shape[-1:])
-        return Dense(_check_stack("Dense", self.matrix, length, shape, like, backend, exact=(-1, -2)))
+    def _target(self, like: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (*like.shape, *like.shape[-1:]), (-1, -2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,11 +241,10 @@ class Pair(LinearOperator):
     def scaled(self, factor: Any) -> LinearOperator:
         return Pair(self.left * _lift(factor, self.left.ndim), self.right)
 
-    def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
+    def _target(self, like: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if like.ndim < 2 or like.shape[-2] != 2:
             raise ValueError(f"a Pair acts on states of shape (..., 2, H), these have shape {tuple(like.shape)}")
-        stacks = (_check_stack("Pair", array, length, like.shape, like, backend, exact=(-2,)) for array in self.arrays)
-        return Pair(*stacks)
+        return tuple(like.shape), (-2,)
 
 
 def compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
@@ -244,38 +281,3 @@ def numbers(*values: Any) -> list[tuple[float, ...]]:
     """Numbers and tuples of numbers as tuples of one common length."""
     length = max(len(value) for value in values if isinstance(value, tuple))
     return [value if isinstance(value, tuple) else (value,) * length for value in values]
-
-
-def _wrong_length(kind: str, given: int, expected: int) -> str:
-    return f"the residual {kind} has {given} maps and the chain {expected} layers; give one map per layer"
-
-
-def _check_stack(
-    kind: str, array: Array, length: int, shape: Sequence[int], like: Array, backend: Backend, exact: Sequence[int] = ()
-) -> Array:
-    """``array`` as (length, 1, ..., 1, its own axes), after checking that each entry broadcasts to ``shape``.
-
-    The axes in ``exact`` must be there and may not broadcast.
-    """
-    if array.ndim == 0 or len(array) != length:
-        raise ValueError(_wrong_length(kind, len(array) if array.ndim else 0, length))
-    own, shape = tuple(array.shape[1:]), tuple(shape)
-    pairs = zip(own[::-1], shape[::-1], strict=False)
-    fits = len(own) <= len(shape) and all(a in (1, b) for a, b in pairs)
-    if not fits or any(len(own) < -axis or own[axis] != shape[axis] for axis in exact):
-        raise ValueError(
-            f"one map of the residual {kind} has shape {own}, which does not act on states of shape "
-            f"{tuple(like.shape)}; expected a shape that broadcasts to {shape}"
-        )
-    check_dtype(kind, array, like)
-    if dtype_name(array) == "bool":
-        array = array + backend.zeros_like(like.reshape(-1)[:1].sum())
-    return array.reshape((length,) + (1,) * (len(shape) - len(own)) + own)
-
-
-def check_dtype(kind: str, array: Array, like: Array) -> None:
-    """Raise TypeError unless a residual array has the states' dtype or is boolean."""
-    if dtype_name(array) not in ("bool", dtype_name(like)):
-        raise TypeError(
-            f"the residual {kind} is {dtype_name(array)} and the states are {dtype_name(like)}; cast one of them"
-        )

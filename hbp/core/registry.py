@@ -138,7 +138,7 @@ def resolve(backend: Backend | str | None, *arrays: Array) -> Backend:
 
 def load(name: str) -> ModuleType:
     """Import a backend's front end; raises as `use` does."""
-    if name not in LIBRARIES:
+    if not isinstance(name, str) or name not in LIBRARIES:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(LIBRARIES)} ({_installed()})")
     library = LIBRARIES[name][0]
     if not _is_installed(library):
@@ -146,7 +146,12 @@ def load(name: str) -> ModuleType:
             f"backend {name!r} needs the library {library}, which is not installed ({_installed()}); "
             f"see the extras of hbp: pip install 'hbp[{'cupy-cuda12' if name == 'cupy' else name}]'"
         )
-    return import_module(f"hbp.backends.{name}")
+    try:
+        return import_module(f"hbp.backends.{name}")
+    except (ImportError, RuntimeError):
+        raise
+    except Exception as error:  # whatever a broken installation raises
+        raise RuntimeError(f"backend {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def available() -> dict[str, Availability]:
@@ -155,15 +160,17 @@ def available() -> dict[str, Availability]:
     >>> available()["numpy"].device
     'cpu'
     """
-    found = {}
-    for name, (library, _) in LIBRARIES.items():
-        try:
-            device = load(name).backend.device()
-        except (ImportError, RuntimeError) as error:
-            found[name] = Availability(_version(library), None, str(error))
-        else:
-            found[name] = Availability(_version(library), device, None)
-    return found
+    return {name: availability(name) for name in LIBRARIES}
+
+
+def availability(name: str) -> Availability:
+    """One backend's version and device, or why it is unusable. Imports its library, if installed."""
+    library = LIBRARIES[name][0]
+    try:
+        device = load(name).backend.device()
+    except (ImportError, RuntimeError) as error:
+        return Availability(_version(library), None, str(error))
+    return Availability(_version(library), device, None)
 
 
 def _version(library: str) -> str | None:

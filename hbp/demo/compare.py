@@ -84,6 +84,7 @@ class Trainer:
         self.run, self._data, self._rate = run, data, settings.rate
         self._state = Adam.start(initial(settings.cell, settings.hidden, settings.seed, backend.xp), backend)
         self._forward, self._correct = jit(model.forward), jit(model.correct)
+        self._update = jit(Adam.step)
         self._exact = jit(_with(model.backward, iterations=None))
         self._backward = jit(_with(model.backward, iterations=run.iterations, chunk=run.chunk, residual=run.residual))
 
@@ -91,7 +92,7 @@ class Trainer:
         """Compile and touch everything once, outside all figures."""
         _, dlogits, states = self._forward(self._state.model, x, y)
         gradient = self._backward(self._state.model, x, dlogits, states)
-        self._state.step(gradient, self._rate)
+        self._update(self._state, gradient, self._rate)
         self._exact(self._state.model, x, dlogits, states)
         self.measure_accuracy()
         self.run.accuracies.clear()
@@ -104,7 +105,7 @@ class Trainer:
         gradient = self._backward(before.model, x, dlogits, states)
         _wait(gradient)
         middle = perf_counter()
-        self._state = before.step(gradient, self._rate)
+        self._state = self._update(before, gradient, self._rate)
         _wait(self._state.model)
         end = perf_counter()
         if len(run.losses) % COSINE_EVERY == 0:

@@ -126,7 +126,7 @@ class Adam(NamedTuple):
         """One step along a gradient clipped to norm ``clip``."""
         grads, t = leaves(gradient), self.steps + 1
         norm = sum((g * g).sum() for g in grads) ** 0.5
-        factor = float(clip / max(float(norm), clip))
+        factor = clip / norm.clip(min=clip)
         first = [0.9 * m + (0.1 * factor) * g for m, g in zip(self.first, grads, strict=True)]
         second = [0.999 * v + (0.001 * factor**2) * (g * g) for v, g in zip(self.second, grads, strict=True)]
         scale, correction = rate / (1 - 0.9**t), 1 - 0.999**t

@@ -17,7 +17,8 @@ from hbp.core.scan import hillis_steele
 class JaxBackend(ArrayBackend):
     """JAX behind the protocol; the pullbacks are `jax.vjp`'s.
 
-    Scans are `jax.lax.scan` on a CPU and Hillis-Steele's elsewhere; nothing loops in Python over a chain's length.
+    Scans are `jax.lax.scan` on a CPU and Hillis-Steele's elsewhere. A chain whose pullbacks are a list of callables is
+    unrolled, any other (the cells') compiled as a loop.
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ class TorchBackend(ArrayBackend):
     """PyTorch behind the protocol; the pullbacks are `torch.func.vjp`'s.
 
     The suffix scan is one in-place loop on a CPU and Hillis-Steele's elsewhere; where a gradient through the scan
-    itself is recorded, it is the loop without in-place writes.
+    itself is recorded, or `torch.func` transforms it, it is the loop without in-place writes.
     """
 
     def __init__(self) -> None:
@@ -39,10 +39,12 @@ class TorchBackend(ArrayBackend):
         return y, lambda cotangent: pullback(cotangent)[0]
 
     def suffix_scan(self, operator: LinearOperator, c: Array) -> Array:
-        recorded = torch.is_grad_enabled() and any(array.requires_grad for array in (c, *operator.arrays))
+        arrays = (c, *operator.arrays)
+        recorded = torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
+        transformed = any(map(torch._C._functorch.is_functorch_wrapped_tensor, arrays))
         if c.device.type != "cpu":
             return hillis_steele(operator, c, self)
-        if recorded or isinstance(operator, Dense):
+        if recorded or transformed or isinstance(operator, Dense):
             return sequential(operator, c, self)
         g = c.clone(memory_format=torch.contiguous_format)
         states = g.unbind(0)
