@@ -4,7 +4,11 @@ Highway backpropagation (arXiv 2501.17086) splits every layer's Jacobian into a 
 expensive block, and alternates a scan along the residual path with one pullback through all blocks at once.
 """
 
-from hbp import cells
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from hbp.core.adjoint import backprop, highway, iterates, propagate, report
 from hbp.core.chain import LinearizedChain
 from hbp.core.forward import linearize, linearize_layers
@@ -12,6 +16,11 @@ from hbp.core.increments import DivergenceWarning, Iterate, Report
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.core.registry import available, backend_of, use, using
 from hbp.core.schedule import Schedule
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from hbp import cells
 
 __version__ = "0.1.0"
 
@@ -41,3 +50,10 @@ __all__ = [
     "use",
     "using",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`hbp.cells`, imported when it is first used, to keep `import hbp` short."""
+    if name == "cells":
+        return import_module("hbp.cells")
+    raise AttributeError(f"module 'hbp' has no attribute {name!r}")
