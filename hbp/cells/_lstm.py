@@ -20,7 +20,7 @@ from hbp.cells._common import (
 )
 from hbp.core.backend import Array, Backend
 from hbp.core.chain import LinearizedChain
-from hbp.core.operator import LinearOperator, Pair
+from hbp.core.operator import Diagonal, LinearOperator, Pair
 
 
 class LSTMParameters(NamedTuple):
@@ -87,6 +87,13 @@ def _gates(params: LSTMParameters, inputs: Array, h: Array, backend: Backend) ->
     return i_f[..., :size], i_f[..., size:], g, o
 
 
+def _memory(i: Array, f: Array, g: Array, c0: Array, backend: Backend) -> Array:
+    """The states ``c[t] = f[t] c[t-1] + i[t] g[t]``, by one prefix scan: a suffix scan of reversed time."""
+    flip = backend.xp.flip
+    entering = backend.concat([flip(i * g, (0,)), c0[None]])
+    return flip(backend.propagate(Diagonal(flip(f, (0,))), entering)[:-1], (0,))
+
+
 @dataclass(frozen=True, eq=False)
 class LSTMBlocks:
     """The blocks of an LSTM's steps on the state (c, h), shape (B, 2, H): all that h[t-1] does by way of the gates."""
@@ -122,7 +129,9 @@ class LSTMBlocks:
 
 @dataclass(frozen=True, eq=False)
 class LSTMPullback:
-    """The pullback of `lstm` at a point; it needs no more than the inputs and the states.
+    """The pullback of `lstm` at a point; it needs no more than the inputs and the states h.
+
+    Where the states c are not at hand (None), they are one scan, since the gates depend on h alone.
 
     The gates are computed again, for all steps at once, when it is first called: change none of the weights, inputs
     and states in place before.
@@ -131,16 +140,17 @@ class LSTMPullback:
     params: LSTMParameters
     x: Array
     initial: tuple[Array, Array]
-    states: tuple[Array, Array]
+    states: tuple[Array, Array | None]
     backend: Backend
 
     @cached_property
     def chain(self) -> LinearizedChain:
         """The T steps, linearised: residual path c[t-1] -> c[t] -> h[t], blocks the gates."""
-        h, c = (previous(start, rest, self.backend) for start, rest in zip(self.initial, self.states, strict=True))
+        h = previous(self.initial[0], self.states[0], self.backend)
         inputs = project(self.x, self.params.weight_ih, self.params.bias_ih, self.params.bias_hh)
         i, f, g, o = _gates(self.params, inputs, h, self.backend)
-        tanh_c = self.backend.xp.tanh(self.states[1])
+        memory = _memory(i, f, g, self.initial[1], self.backend) if self.states[1] is None else self.states[1]
+        c, tanh_c = previous(self.initial[1], memory, self.backend), self.backend.xp.tanh(memory)
         exposed = o * (1 - tanh_c * tanh_c)
         gains = [g * i * (1 - i), c * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)]
         blocks = LSTMBlocks(self.backend.stack(gains, axis=-2), exposed, self.params.weight_hh)
@@ -172,7 +182,7 @@ class LSTMPullback:
         dh, dc = dstates
         check_cotangent("dh", dh, self.states[0], self.backend)
         if dc is not None:
-            check_cotangent("dc", dc, self.states[1], self.backend)
+            check_cotangent("dc", dc, self.states[0], self.backend)
         d = self.backend.stack([self.backend.zeros_like(dh) if dc is None else dc, dh], axis=-2)
         options = {"iterations": iterations, "chunk": chunk, "tolerance": tolerance}
         g = state_cotangents(self.chain, d, residual, self.backend, options)

@@ -9,7 +9,7 @@ compose them (design: Boehm et al. 2019, and equation 12 of the highway-backprop
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -21,10 +21,9 @@ class LinearOperator:
     """A stack of linear maps; this base class is symmetric and has any length, as `Identity` and `Zero` are."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if not hasattr(value, "shape"):
-                raise TypeError(f"{type(self).__name__} takes arrays, {field.name} is a {type(value).__name__}")
+                raise TypeError(f"{type(self).__name__} takes arrays, {name} is a {type(value).__name__}")
 
     @property
     def T(self) -> LinearOperator:  # noqa: N802 - the field's name for a transpose
@@ -39,8 +38,7 @@ class LinearOperator:
     @property
     def arrays(self) -> tuple[Array, ...]:
         """The arrays this stack is made of (none for `Identity`, `Zero` and a `Scalar` given as a number)."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return tuple(value for value in values if hasattr(value, "shape"))
+        return tuple(value for value in vars(self).values() if hasattr(value, "shape"))
 
     def mv(self, v: Array) -> Array:
         """Apply each map to its own entry of ``v``, shape (L, ...), or one map to one state."""

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from hbp.backends._array import bound
 from hbp.backends.torch.operations import TorchBackend
+from hbp.backends.torch.recurrent import GRU, LSTM, set_iterations, step
 from hbp.core.chain import LinearizedChain
 from hbp.core.increments import Iterate, Report
 from hbp.core.operator import Dense, Diagonal, Identity, Pair, Scalar, Zero
@@ -26,6 +27,8 @@ linearize, linearize_layers, backprop, highway, iterates, report, propagate = bo
 vjp = backend.vjp
 
 __all__ = [
+    "GRU",
+    "LSTM",
     "Dense",
     "Diagonal",
     "Identity",
@@ -45,5 +48,7 @@ __all__ = [
     "linearize_layers",
     "propagate",
     "report",
+    "set_iterations",
+    "step",
     "vjp",
 ]

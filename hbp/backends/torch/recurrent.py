@@ -1,0 +1,217 @@
+"""Drop-in `torch.nn.GRU` and `torch.nn.LSTM` whose backward pass is Highway-BP or an exact adjoint without a graph.
+
+The forward is the vendor's own kernel, layer by layer on detached tensors, in the caller's grad mode. Saved for the
+backward are each layer's inputs and outputs, nothing else of the size of a sequence: the gates are computed again,
+for all steps at once, and the LSTM's states c by a scan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from hbp.backends.torch.layer import Options, RecurrentLayer
+from hbp.core.backend import check_count
+from hbp.core.operator import LinearOperator
+from hbp.core.schedule import Schedule
+
+Exact: TypeAlias = Literal["adjoint", "library"]
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """A batch of sequences as the vendor's kernels take it: (T, B, I), or packed data with its batch sizes."""
+
+    data: Tensor
+    batch_sizes: Tensor | None
+    batch: int
+
+
+class _Recurrent(torch.nn.RNNBase):
+    """What `GRU` and `LSTM` share. Their options are plain attributes; each forward reads them."""
+
+    def __init__(
+        self,
+        *args: Any,
+        iterations: int | Schedule | None = None,
+        chunk: int = 1,
+        residual: LinearOperator | None = None,
+        exact: Exact | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.proj_size:
+            raise ValueError("proj_size is not supported; use torch.nn.LSTM, or a Linear after a layer without it")
+        self.iterations = iterations
+        self.chunk = chunk
+        self.residual = residual
+        self.exact = exact
+        self.training_step = 0
+        self.options()
+
+    def options(self) -> Options:
+        """The checked options of the next backward pass, the schedule's value for this training step among them.
+
+        Raises:
+            TypeError, ValueError: an attribute is not what its name says.
+        """
+        k = self.iterations(self.training_step) if isinstance(self.iterations, Schedule) else self.iterations
+        if self.exact not in (None, "adjoint", "library"):
+            raise ValueError(f"exact={self.exact!r}; give 'adjoint', 'library', or None for the faster one")
+        if self.residual is not None and not isinstance(self.residual, LinearOperator):
+            raise TypeError(f"residual is a {type(self.residual).__name__}; give an operator, as hbp.Zero(), or None")
+        k = None if k is None else check_count("iterations", k, 0)
+        return Options(self.mode == "LSTM", k, check_count("chunk", self.chunk, 1), self.residual)
+
+    def exact_path(self, x: Tensor) -> Exact:
+        """The exact backward that ``iterations=None`` means for an input like ``x``; ``self.exact`` pins it.
+
+        "adjoint" (this library's, without a graph) for the GRU on a CPU, where it is faster, else "library".
+        """
+        if self.exact is not None:
+            return self.exact
+        return "adjoint" if self.mode == "GRU" and x.device.type == "cpu" else "library"
+
+    def extra_repr(self) -> str:
+        own = f", iterations={self.iterations}, chunk={self.chunk}"
+        own += "" if self.residual is None else f", residual={self.residual}"
+        own += "" if self.exact is None else f", exact={self.exact!r}"
+        return f"{super().extra_repr()}{own}"
+
+    def forward(self, input: Any, hx: Any = None) -> Any:  # noqa: A002 - the vendor's name
+        options = self.options()
+        data = input.data if isinstance(input, PackedSequence) else input
+        given = () if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
+        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *given, *self._flat_weights))
+        if not tracked or (options.iterations is None and self.exact_path(data) == "library"):
+            return super().forward(input, hx)
+        return self._highway(input, given, options)
+
+    @torch.compiler.disable  # one break of a compiled graph: the backward is no traceable code
+    def _highway(self, input: Any, given: tuple[Tensor, ...], options: Options) -> Any:  # noqa: A002
+        if isinstance(input, PackedSequence):
+            order, back = input.sorted_indices, input.unsorted_indices
+            sequence = _Sequence(input.data, input.batch_sizes, int(input.batch_sizes[0]))
+            y, finals = self._layers(sequence, self._initial(sequence, given, order), options)
+            return PackedSequence(y, input.batch_sizes, order, back), self._finals(finals, back)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"the input has {input.dim()} dimensions; expected 2 (one sequence) or 3 (a batch)")
+        batched = input.dim() == 3
+        if not batched:
+            for state in given:
+                if state.dim() != 2:
+                    raise RuntimeError(f"for one sequence the initial state has 2 dimensions, not {state.dim()}")
+            input, given = input[:, None], tuple(state[:, None] for state in given)  # noqa: A001
+        elif self.batch_first:
+            input = input.transpose(0, 1)  # noqa: A001
+        sequence = _Sequence(input, None, input.shape[1])
+        y, finals = self._layers(sequence, self._initial(sequence, given, None), options)
+        if not batched:
+            return y[:, 0], self._finals(tuple(state[:, 0] for state in finals), None)
+        return y.transpose(0, 1) if self.batch_first else y, self._finals(finals, None)
+
+    def _initial(self, x: _Sequence, given: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
+        """The initial states, (layers x directions, B, H) each, in the order of the batch, checked."""
+        if x.data.shape[-1] != self.input_size:
+            raise RuntimeError(f"the input has {x.data.shape[-1]} features, expected input_size={self.input_size}")
+        if not self._dtypes_agree(x.data):
+            raise ValueError(f"the input is {x.data.dtype} and the weights {self._flat_weights[0].dtype}; cast one")
+        shape = (self.num_layers * (2 if self.bidirectional else 1), x.batch, self.hidden_size)
+        if not given:
+            zeros = torch.zeros(shape, dtype=x.data.dtype, device=x.data.device)
+            return (zeros,) * (2 if self.mode == "LSTM" else 1)
+        for state in given:
+            if tuple(state.shape) != shape:
+                raise RuntimeError(f"an initial state has shape {tuple(state.shape)}, expected {shape}")
+        return tuple(state if order is None else state.index_select(1, order) for state in given)
+
+    def _dtypes_agree(self, x: Tensor) -> bool:
+        """Whether input and weights share a dtype, or autocast sees to it."""
+        return bool(x.dtype == self._flat_weights[0].dtype or torch.is_autocast_enabled(x.device.type))
+
+    def _finals(self, finals: tuple[Tensor, ...], order: Tensor | None) -> Any:
+        ordered = tuple(state if order is None else state.index_select(1, order) for state in finals)
+        return ordered if self.mode == "LSTM" else ordered[0]
+
+    def _layers(
+        self, sequence: _Sequence, states: tuple[Tensor, ...], options: Options
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All layers, with dropout between them: the outputs and the final states."""
+        x, directions = sequence.data, 2 if self.bidirectional else 1
+        count = len(self._flat_weights) // self.num_layers
+        finals = []
+        for layer in range(self.num_layers):
+            if layer and self.dropout:
+                x = torch.nn.functional.dropout(x, self.dropout, self.training)
+            weights = self._flat_weights[layer * count : (layer + 1) * count]
+            own = tuple(state[layer * directions : (layer + 1) * directions] for state in states)
+            outputs = self._vendor(x, sequence.batch_sizes, own, weights)
+            x, *final = RecurrentLayer.apply(options, sequence.batch_sizes, x, *own, *outputs, *weights)
+            finals.append(final)
+        return x, tuple(torch.cat(state) for state in zip(*finals, strict=True))
+
+    def _vendor(
+        self, x: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], weights: list[Any]
+    ) -> tuple[Tensor, ...]:
+        """One layer by the vendor's kernel, outside any graph: outputs and final states."""
+        run: Any = torch.lstm if self.mode == "LSTM" else torch.gru
+        initial = tuple(state.detach() for state in states)
+        hx = initial if self.mode == "LSTM" else initial[0]
+        # torch multiplies a strided input (batch_first) in another order where the weights need gradients; there they
+        # are seen to need them, and the graph of this is dropped at once.
+        strided = not x.is_contiguous()
+        flat = [weight.detach().requires_grad_(weight.requires_grad and strided) for weight in weights]
+        how = (self.bias, 1, 0.0, self.training, self.bidirectional)
+        x = x.detach()
+        found = run(x, hx, flat, *how, False) if batch_sizes is None else run(x, batch_sizes, hx, flat, *how)
+        return tuple(output.detach() for output in found)
+
+
+class GRU(_Recurrent, torch.nn.GRU):
+    """`torch.nn.GRU` with another backward pass: the same constructor, state_dict and values.
+
+    Args:
+        *args, **kwargs: those of `torch.nn.GRU`.
+        iterations: Highway-BP's k, a `Schedule` of it (advanced by `hbp.backends.torch.step`), or None for exact.
+        chunk: steps per chunk.
+        residual: another residual path than the update gate's, as ``hbp.Zero()`` for the fixed point.
+        exact: pins what None means: "adjoint" (this library's, without a graph) or "library" (torch's own).
+
+    Second derivatives need ``iterations=None, exact="library"``; `torch.compile` breaks its graph here once.
+
+    >>> layer = GRU(3, 8, iterations=3, chunk=4)
+    >>> y, h = layer(torch.randn(20, 2, 3))
+    >>> y.sum().backward()
+    """
+
+
+class LSTM(_Recurrent, torch.nn.LSTM):
+    """`torch.nn.LSTM` with another backward pass; arguments as for `GRU`. ``proj_size`` is refused."""
+
+
+def set_iterations(module: torch.nn.Module, iterations: int | Schedule | None) -> None:
+    """Set ``iterations`` on all of this library's layers inside a module.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for layer in _own_layers(module):
+        layer.iterations = iterations
+        layer.options()
+
+
+def step(module: torch.nn.Module) -> None:
+    """Advance the schedules of all of this library's layers inside a module by one training step."""
+    for layer in _own_layers(module):
+        layer.training_step += 1
+
+
+def _own_layers(module: torch.nn.Module) -> list[_Recurrent]:
+    found = [layer for layer in module.modules() if isinstance(layer, _Recurrent)]
+    if not found:
+        raise ValueError(f"a {type(module).__name__} without any of hbp's layers; build it with GRU or LSTM of hbp")
+    return found

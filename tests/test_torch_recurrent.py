@@ -1,0 +1,263 @@
+"""hb.GRU and hb.LSTM: values and exact gradients are torch.nn's, iterates are the cells'."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hbp
+
+torch = pytest.importorskip("torch")
+hb: Any = pytest.importorskip("hbp.backends.torch")
+
+
+KINDS = ("GRU", "LSTM")
+T, B, I, H = 9, 4, 3, 5  # noqa: E741
+LENGTHS = torch.tensor([3, 9, 1, 5])
+
+
+def pair(kind: str, dtype: Any = torch.float64, own: Any = None, **options: Any) -> tuple[Any, Any]:
+    """The vendor's layer and ours, with the same weights."""
+    torch.manual_seed(1)
+    vendor = getattr(torch.nn, kind)(I, H, **options).to(dtype)
+    ours = getattr(hb, kind)(I, H, **options, **(own or {"exact": "adjoint"})).to(dtype)
+    ours.load_state_dict(vendor.state_dict())
+    return vendor, ours
+
+
+def values_and_gradients(layer: Any, x: Any, states: tuple[Any, ...] = (), wrap: Any = None) -> tuple[Any, Any]:
+    """All outputs, and the gradients of a random functional of them by parameters, input and initial states."""
+    torch.manual_seed(2)
+    hx = None if not states else states if len(states) > 1 else states[0]
+    y, final = layer(wrap(x) if wrap else x, hx)
+    outputs = [y.data if wrap else y, *(final if isinstance(final, tuple) else (final,))]
+    loss = sum((output * torch.randn_like(output)).sum() for output in outputs)
+    leaves = [leaf for leaf in (*layer.parameters(), x, *states) if leaf.requires_grad]
+    return [output.detach() for output in outputs], torch.autograd.grad(loss, leaves)
+
+
+def close(found: Any, expected: Any, tolerance: float) -> None:
+    for ours, reference in zip(found, expected, strict=True):
+        assert ours.dtype == reference.dtype
+        assert (ours - reference).abs().max() <= tolerance * reference.abs().max()
+
+
+def equal(found: Any, expected: Any) -> None:
+    assert all(torch.equal(ours, reference) for ours, reference in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["batch", "one sequence", "packed", "initial states"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False, "batch_first": True},
+        {"num_layers": 2, "bidirectional": True},
+        {"num_layers": 2, "dropout": 0.4},
+        {"num_layers": 2, "bidirectional": True, "batch_first": True, "dropout": 0.4, "bias": False},
+    ],
+)
+def test_values_are_bit_equal_and_exact_gradients_agree(kind, shape, options):
+    directions = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    rows = (T, I) if shape == "one sequence" else (B, T, I) if options.get("batch_first") else (T, B, I)
+    x = torch.randn(rows, dtype=torch.float64, requires_grad=True)
+    states, wrap = (), None
+    if shape == "initial states":
+        count = 2 if kind == "LSTM" else 1
+        states = tuple(torch.randn(directions, B, H, dtype=torch.float64, requires_grad=True) for _ in range(count))
+    if shape == "packed":
+        first = options.get("batch_first", False)
+        pack = torch.nn.utils.rnn.pack_padded_sequence
+        wrap = lambda x: pack(x, LENGTHS, batch_first=first, enforce_sorted=False)  # noqa: E731
+    vendor, ours = pair(kind, **options)
+    expected_values, expected = values_and_gradients(vendor, x, states, wrap)
+    for k, chunk in ((None, 1), (T, 1), (3, 3)):
+        ours.iterations, ours.chunk = k, chunk
+        values, gradients = values_and_gradients(ours, x, states, wrap)
+        equal(values, expected_values)
+        close(gradients, expected, 1e-12)
+
+
+@pytest.mark.parametrize("residual", [None, hbp.Zero()], ids=["own", "zero"])
+@pytest.mark.parametrize(("k", "chunk"), [(0, 1), (1, 1), (2, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_iterates_are_those_of_the_cells(kind, k, chunk, residual):
+    _, ours = pair(kind, own={"iterations": k, "chunk": chunk, "residual": residual})
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    y, _ = ours(x)
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, [*ours.parameters(), x], dy)
+    cell, parameters = (getattr(hbp.cells, name) for name in (kind.lower(), f"{kind}Parameters"))
+    weights = parameters(*(p.detach().numpy() for p in ours.parameters()))
+    zeros, dy = np.zeros((B, H)), dy.numpy()
+    _, pullback = cell(weights, x.detach().numpy(), (zeros, zeros) if kind == "LSTM" else zeros)
+    dparams, dx, _ = pullback((dy, None) if kind == "LSTM" else dy, k, chunk, residual)
+    close(found, [torch.from_numpy(np.asarray(d)) for d in (*dparams, dx)], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_mode_gives_the_vendors_values(kind, dtype):
+    vendor, ours = pair(kind, dtype, own={"iterations": 1}, num_layers=2, dropout=0.5)
+    x = torch.randn(T, B, I, dtype=dtype)
+    for train in (True, False):
+        vendor.train(train), ours.train(train)
+        for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+            with mode():
+                torch.manual_seed(3)
+                expected = vendor(x)[0]
+                torch.manual_seed(3)
+                assert torch.equal(ours(x)[0], expected)
+
+
+def test_autocast():
+    vendor, ours = pair("GRU", torch.float32, own={"iterations": T})
+    x = torch.randn(T, B, I, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected_values, expected = values_and_gradients(vendor, x)
+        values, gradients = values_and_gradients(ours, x)
+    equal(values, expected_values)
+    close(gradients, expected, 3e-2)  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_parameters_and_inputs_without_gradient(kind):
+    vendor, ours = pair(kind, own={"iterations": T})
+    for layer in (vendor, ours):
+        layer.weight_hh_l0.requires_grad_(False)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    close(values_and_gradients(ours, x)[1], values_and_gradients(vendor, x)[1], 1e-12)
+    for p in ours.parameters():
+        p.requires_grad_(False)
+    assert not ours(x)[0].requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_run_once(kind):
+    vendor, ours = pair(kind, own={"iterations": T})
+    calls = []
+    for layer in (vendor, ours):
+        layer.weight_hh_l0.register_hook(lambda g: calls.append(1) or 0.5 * g)
+        layer.register_full_backward_hook(lambda *_: calls.append(2))
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    for layer in (vendor, ours):
+        layer(x)[0].square().sum().backward()
+    assert sorted(calls) == [1, 1, 2, 2]
+    close([ours.weight_hh_l0.grad], [vendor.weight_hh_l0.grad], 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_pickles_and_checkpoints(kind):
+    vendor, ours = pair(kind, own={"iterations": 2, "chunk": 3, "residual": hbp.Zero()})
+    vendor.load_state_dict(ours.state_dict())
+    stored = io.BytesIO()
+    torch.save(ours, stored)
+    stored.seek(0)
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    expected = values_and_gradients(ours, x)[1]
+    for same in (copy.deepcopy(ours), torch.load(stored, weights_only=False)):
+        assert (same.iterations, same.chunk) == (2, 3)
+        equal(values_and_gradients(same, x)[1], expected)
+    ours.residual = None
+    expected = values_and_gradients(ours, x)[1]
+    rerun = torch.utils.checkpoint.checkpoint(lambda x: ours(x)[0], x, use_reentrant=False)
+    torch.manual_seed(2)
+    found = torch.autograd.grad(rerun, x, torch.randn_like(rerun))
+    y, _ = ours(x)
+    torch.manual_seed(2)
+    equal(found, torch.autograd.grad(y, x, torch.randn_like(y)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_less_is_saved_than_by_the_vendor(kind):
+    vendor, ours = pair(kind, own={"iterations": 1})
+    saved = {}
+    for layer in (vendor, ours):
+        sizes: dict[int, int] = {}
+        own = {p.data_ptr() for p in layer.parameters()}
+
+        def pack(tensor, sizes=sizes, own=own):
+            if tensor.data_ptr() not in own:
+                sizes[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y, _ = layer(torch.randn(50, B, I, dtype=torch.float64))
+        saved[layer] = sum(sizes.values())
+        del y
+    assert saved[ours] == 50 * B * (I + H) + B * H  # inputs, outputs, the zeros to start from: nothing else
+    assert saved[ours] < saved[vendor] / 2
+
+
+def test_the_exact_path_is_seen_and_pinned():
+    x = torch.randn(T, B, I)
+    assert hb.GRU(I, H).exact_path(x) == "adjoint"
+    assert hb.LSTM(I, H).exact_path(x) == "library"
+    layer = hb.GRU(I, H, exact="library")
+    assert layer.exact_path(x) == "library"
+    y, _ = layer(x.requires_grad_())
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()  # second derivatives are the library's
+    y, _ = hb.GRU(I, H)(x)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_schedules_advance_by_steps():
+    model = torch.nn.Sequential(hb.GRU(I, H, iterations=hbp.Schedule({0: 1, 2: None})))
+    seen = []
+    for _ in range(3):
+        seen.append(model[0].options().iterations)
+        hb.step(model)
+    assert seen == [1, 1, None]
+    hb.set_iterations(model, 4)
+    assert model[0].options().iterations == 4
+    with pytest.raises(ValueError, match="without any of hbp's layers"):
+        hb.set_iterations(torch.nn.Linear(1, 1), 3)
+
+
+def test_compiled_models_break_their_graph_at_the_layer():
+    _, ours = pair("GRU", own={"iterations": 2})
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    expected = values_and_gradients(ours, x)[1]
+    compiled = torch.compile(ours, backend="eager")
+    y, h = compiled(x)
+    torch.manual_seed(2)
+    loss = sum((output * torch.randn_like(output)).sum() for output in (y, h))
+    equal(torch.autograd.grad(loss, [*ours.parameters(), x]), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"proj_size": 2}, ValueError, "proj_size is not supported"),
+        ({"iterations": -1}, ValueError, "iterations=-1 is too small"),
+        ({"iterations": 1.5}, TypeError, "iterations=1.5 is a float"),
+        ({"chunk": 0}, ValueError, "chunk=0 is too small"),
+        ({"exact": "fast"}, ValueError, "exact='fast'; give 'adjoint', 'library'"),
+        ({"residual": "zero"}, TypeError, "residual is a str; give an operator"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        hb.LSTM(I, H, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_input(kind):
+    layer = getattr(hb, kind)(I, H, iterations=1)
+    state = torch.zeros(1, B + 1, H)
+    for arguments, error, message in (
+        ((torch.randn(T, B, I + 1),), RuntimeError, "4 features, expected input_size=3"),
+        ((torch.randn(T, B, I, 1),), ValueError, "4 dimensions"),
+        ((torch.randn(T, B, I, dtype=torch.float64),), ValueError, "float64 and the weights torch.float32"),
+        ((torch.randn(T, B, I), (state, state) if kind == "LSTM" else state), RuntimeError, "expected \\(1, 4, 5\\)"),
+    ):
+        with pytest.raises(error, match=message):
+            layer(*arguments)
