@@ -328,6 +328,7 @@ def test_a_backend_imports_no_other(name):
     assert {module for module in modules if module.count(".") == 2 and module.startswith("hbp.backends.")} == {
         f"hbp.backends.{name}",
         "hbp.backends._array",
+        "hbp.backends._surface",
     }
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
-from hbp.core import adjoint, forward
-from hbp.core.backend import Array, Backend, Pullback, dtype_name
+from hbp.core.backend import Array, Pullback, dtype_name
 from hbp.core.operator import Dense, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.core.scan import hillis_steele, loop, propagate_pair, sequential
 
@@ -116,17 +114,3 @@ class NumpyLike(ArrayBackend):
             self.xp.multiply(values[i], states[i + 1], out=carried)
             self.xp.add(states[i], carried, out=states[i])
         return g
-
-
-def bound(backend: Backend) -> tuple[Callable[..., Any], ...]:
-    """The core's functions bound to one backend, which then never read `use` and `using`."""
-    functions = (
-        forward.linearize,
-        forward.linearize_layers,
-        adjoint.backprop,
-        adjoint.highway,
-        adjoint.iterates,
-        adjoint.report,
-        adjoint.propagate,
-    )
-    return tuple(partial(function, backend=backend) for function in functions)

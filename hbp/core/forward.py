@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hbp.core.backend import Array, Backend, Pullback, check_floating, dtype_name
-from hbp.core.chain import IDENTITY, Block, LayerChain, LinearizedChain, check_same
+from hbp.core.chain import IDENTITY, LayerChain, LinearizedChain
 from hbp.core.joining import stack
 from hbp.core.operator import LinearOperator
+from hbp.core.pullbacks import Block, check_same
 from hbp.core.registry import resolve
 
 
