@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from hbp.backends._array import NumpyLike
 from hbp.backends._surface import *
 from hbp.backends._surface import COMMON, bound, jit
