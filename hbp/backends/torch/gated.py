@@ -1,0 +1,168 @@
+"""Scans of a user's own gated cell, ``h' = gate * h + update``, with the split derived by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hbp.backends.torch.operations import TorchBackend
+from hbp.core.adjoint import highway
+from hbp.core.backend import Backend, check_count
+from hbp.core.chain import LinearizedChain
+from hbp.core.operator import Diagonal
+
+BACKEND = TorchBackend()
+
+Cell: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, chunk: int = 1) -> tuple[Tensor, Tensor]:
+    """Run ``h[t] = gate * h[t-1] + update`` with ``gate, update = cell(h[t-1], xs[t])`` over a sequence.
+
+    The residual path is diag(gate), the block whatever h[t-1] does by way of gate and update. The forward builds no
+    graph; the backward calls the cell again, once on all steps, so a cell must treat leading axes as a batch, and
+    hold no randomness and no state. Parameters get gradients where the cell is a `torch.nn.Module`.
+
+    Args:
+        cell: (B, H), (B, ...) -> two tensors (B, H), and likewise with further leading axes.
+        h0: the initial state, (B, H).
+        xs: the inputs, (T, B, ...).
+        iterations: Highway-BP's k; None is exact, by torch's own graph through the steps. A cell whose gate and update
+            do not read h is exact at k = 0.
+        chunk: steps per chunk.
+
+    Returns:
+        ``h``, (T, B, H), and its last entry.
+
+    Raises:
+        TypeError, ValueError: a cell that returns no pair of tensors like its state, no step, or counts that are none.
+        RuntimeError: in the backward, where the cell gives other states for all steps at once.
+
+    >>> cell = lambda h, x: (torch.sigmoid(x), torch.tanh(x + h))
+    >>> h, last = scan(cell, torch.zeros(2, 3), torch.randn(5, 2, 3, requires_grad=True), iterations=1)
+    >>> h.shape, torch.equal(last, h[-1])
+    (torch.Size([5, 2, 3]), True)
+    """
+    k = None if iterations is None else check_count("iterations", iterations, 0)
+    chunk = check_count("chunk", chunk, 1)
+    if not callable(cell):
+        raise TypeError(f"cell is a {type(cell).__name__}; give a function (h, x) -> (gate, update)")
+    if not len(xs):
+        raise ValueError(f"xs has shape {tuple(xs.shape)}; expected (T, B, ...) with at least one step")
+    parameters = dict(cell.named_parameters()) if isinstance(cell, torch.nn.Module) else {}
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (h0, xs, *parameters.values()))
+    with torch.set_grad_enabled(tracked and k is None):
+        states = [h0]
+        for x in xs.unbind(0):  # indexing a tensor that needs gradients costs the whole sequence at every step
+            gate, update = _checked(cell(states[-1], x), states[-1])
+            states.append(gate * states[-1] + update)
+        h = torch.stack(states[1:])
+    if tracked and k is not None:
+        h = _GatedScan.apply(cell, k, chunk, tuple(parameters), h0, xs, h, *parameters.values())
+    return h, h[-1]
+
+
+def _checked(pair: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        raise TypeError(f"the cell returned a {type(pair).__name__}; expected two tensors, (gate, update)")
+    for name, part in zip(("gate", "update"), pair, strict=True):
+        if part.shape != h.shape or part.dtype != h.dtype:
+            raise ValueError(
+                f"the cell's {name} is {part.dtype} of shape {tuple(part.shape)}; "
+                f"the state is {h.dtype} of shape {tuple(h.shape)}"
+            )
+    return pair
+
+
+def _check_alike(again: Tensor, h: Tensor) -> None:
+    tolerance = torch.finfo(h.dtype).eps ** 0.5
+    if not torch.allclose(again, h, rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise RuntimeError(
+            "the cell gives other states for all steps at once than it gave one by one; it must treat leading axes as "
+            "a batch and hold no randomness and no state (iterations=None takes any cell)"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class CellBlocks:
+    """The blocks of a gated cell's steps, by one graph through all of them, built when it is first needed."""
+
+    cell: Cell
+    h: Tensor
+    """The states before the steps, (T, B, H)."""
+    x: Tensor
+    cut: dict[tuple[Any, ...], CellBlocks] = field(default_factory=dict)
+    traceable = False
+
+    def __len__(self) -> int:
+        return len(self.h)
+
+    def __getitem__(self, index: slice) -> CellBlocks:
+        key = (index.start, index.stop, index.step)
+        if key not in self.cut:  # every iteration cuts alike, and a graph is worth keeping
+            self.cut[key] = CellBlocks(self.cell, self.h[index], self.x[index])
+        return self.cut[key]
+
+    @cached_property
+    def graph(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The states as leaves of the graph, and gate and update as its ends."""
+        with torch.enable_grad():
+            h = self.h.detach().requires_grad_()
+            gate, update = _checked(self.cell(h, self.x), h)
+        return h, gate, update
+
+    def pull(self, cotangents: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor]:
+        """The cotangents of some leaves of the graph, the states' own path apart; zeros where one is not read."""
+        h, gate, update = self.graph
+        ends = [(end, g) for end, g in ((gate, cotangents * h.detach()), (update, cotangents)) if end.requires_grad]
+        if not ends or not leaves:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        outputs, gradients = zip(*ends, strict=True)
+        found = torch.autograd.grad(outputs, leaves, gradients, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+
+    def __call__(self, cotangents: Tensor, backend: Backend) -> Tensor:
+        return self.pull(cotangents, (self.graph[0],))[0]
+
+    def at(self, i: Any, cotangent: Tensor, backend: Backend) -> Tensor:
+        return self[i : i + 1](cotangent[None], backend)[0]
+
+
+class _GatedScan(torch.autograd.Function):
+    """Initial state, inputs, states computed beforehand, parameters -> the states."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, cell: Cell, iterations: int, chunk: int, names: tuple[str, ...], h0: Tensor, xs: Tensor,
+        h: Tensor, *parameters: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.options = (cell, iterations, chunk, names)
+        ctx.save_for_backward(h0, xs, h, *parameters)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
+        cell, iterations, chunk, names = ctx.options
+        h0, xs, h, *given = ctx.saved_tensors
+        # Copies as leaves: hooks on the parameters see the final gradient only, once.
+        parameters = [p.detach().requires_grad_(p.requires_grad) for p in given]
+        x = xs.detach().requires_grad_(xs.requires_grad)
+        copies = dict(zip(names, parameters, strict=True))
+        call = (lambda h, x: torch.func.functional_call(cell, copies, (h, x))) if copies else cell
+        blocks = CellBlocks(call, torch.cat([h0[None], h[:-1]]), x)
+        before, gate, update = (part.detach() for part in blocks.graph)
+        _check_alike(gate * before + update, h)
+        chain = LinearizedChain(blocks, Diagonal(gate))
+        sources = torch.cat([torch.zeros_like(dh[:1]), dh[:-1]])
+        g = highway(chain, dh[-1], iterations, sources=sources, chunk=chunk, backend=BACKEND)
+        leaves = tuple(leaf for leaf in (x, *parameters) if leaf.requires_grad)
+        found = iter(blocks.pull(g[1:], leaves))
+        dx, *dparameters = (next(found) if leaf.requires_grad else None for leaf in (x, *parameters))
+        return (None, None, None, None, g[0], dx, None, *dparameters)

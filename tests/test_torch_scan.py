@@ -1,0 +1,144 @@
+"""hb.scan: a user's gated cell against torch's own graph, and against the GRU written as such a cell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+hb: Any = pytest.importorskip("hbp.backends.torch")
+
+T, B, I, H = 7, 3, 2, 4  # noqa: E741
+
+
+class GRUCell(torch.nn.Module):
+    """A GRU as a gated cell: gate z, update (1 - z) n."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = hb.GRU(I, H, iterations=0).double()
+
+    def forward(self, h: Any, x: Any) -> Any:
+        weights = self.gru
+        inputs = torch.nn.functional.linear(x, weights.weight_ih_l0, weights.bias_ih_l0).chunk(3, -1)
+        recurrent = torch.nn.functional.linear(h, weights.weight_hh_l0, weights.bias_hh_l0).chunk(3, -1)
+        r, z = (torch.sigmoid(a + b) for a, b in zip(inputs[:2], recurrent[:2], strict=True))
+        return z, (1 - z) * torch.tanh(inputs[2] + r * recurrent[2])
+
+
+class Minimal(torch.nn.Module):
+    """A minGRU: gate and update do not read h."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(I, 2 * H).double()
+        self.unused = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, h: Any, x: Any) -> Any:
+        gate, update = self.linear(x).chunk(2, -1)
+        return torch.sigmoid(gate), update
+
+
+def problem(cell: Any) -> tuple[Any, Any, list[Any]]:
+    torch.manual_seed(4)
+    h0 = torch.randn(B, H, dtype=torch.float64, requires_grad=True)
+    xs = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    return h0, xs, [p for p in cell.parameters() if p.requires_grad]
+
+
+def gradients(cell: Any, **options: Any) -> list[Any]:
+    h0, xs, parameters = problem(cell)
+    h, last = hb.scan(cell, h0, xs, **options)
+    torch.manual_seed(5)
+    loss = (h * torch.randn_like(h)).sum() + (last * torch.randn_like(last)).sum()
+    return torch.autograd.grad(loss, [h0, xs, *parameters], allow_unused=True, materialize_grads=True)
+
+
+def close(found: Any, expected: Any) -> None:
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("k", "chunk"), [(T, 1), (T + 3, 1), (3, 3), (2, 4), (1, T), (1, 100)])
+def test_enough_iterations_are_exact(k, chunk):
+    cell = GRUCell()
+    close(gradients(cell, iterations=k, chunk=chunk), gradients(cell))
+
+
+@pytest.mark.parametrize(("k", "chunk"), [(0, 1), (1, 1), (2, 1), (0, 3), (1, 3)])
+def test_iterates_are_those_of_the_gru(k, chunk):
+    cell = GRUCell()
+    found = gradients(cell, iterations=k, chunk=chunk)
+    h0, xs, parameters = problem(cell)
+    cell.gru.iterations, cell.gru.chunk = k, chunk
+    h, last = cell.gru(xs, h0[None])
+    torch.manual_seed(5)
+    loss = (h * torch.randn_like(h)).sum() + (last[0] * torch.randn_like(last[0])).sum()
+    close(found, torch.autograd.grad(loss, [h0, xs, *parameters]))
+    assert not torch.allclose(found[0], gradients(cell)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_recurrence_that_is_all_residual_path_is_exact_at_once(chunk):
+    cell = Minimal()
+    close(gradients(cell, iterations=0, chunk=chunk), gradients(cell))
+
+
+def test_values_and_modes():
+    cell = GRUCell()
+    h0, xs, _ = problem(cell)
+    expected, _ = torch.nn.GRU.forward(cell.gru, xs, h0[None])
+    for options in ({}, {"iterations": 2}):
+        h, last = hb.scan(cell, h0, xs, **options)
+        torch.testing.assert_close(h, expected, rtol=1e-12, atol=1e-14)
+        assert torch.equal(last, h[-1])
+        with torch.no_grad():
+            assert not hb.scan(cell, h0, xs, **options)[0].requires_grad
+
+
+def test_hooks_run_once_on_the_final_gradient_and_frozen_parameters_stay():
+    cell = GRUCell()
+    cell.gru.bias_hh_l0.requires_grad_(False)
+    h0, xs, _ = problem(cell)
+    exact = torch.autograd.grad(hb.scan(cell, h0, xs)[0].sum(), cell.gru.weight_hh_l0)[0]
+    calls = []
+    cell.gru.weight_hh_l0.register_hook(lambda g: calls.append(1) or 0.5 * g)
+    hb.scan(cell, h0.detach(), xs.detach(), iterations=T)[0].sum().backward()
+    assert calls == [1]
+    close([cell.gru.weight_hh_l0.grad], [0.5 * exact])
+    assert cell.gru.bias_hh_l0.grad is None
+
+
+@pytest.mark.parametrize(
+    ("cell", "error", "message"),
+    [
+        (3, TypeError, "cell is a int; give a function"),
+        (lambda h, _: h, TypeError, "the cell returned a Tensor; expected two tensors"),
+        (lambda h, x: (h, x), ValueError, r"update is torch.float64 of shape \(3, 2\)"),
+        (lambda h, _: (h.float(), h), ValueError, "gate is torch.float32"),
+    ],
+)
+def test_bad_cells(cell, error, message):
+    h0, xs, _ = problem(GRUCell())
+    with pytest.raises(error, match=message):
+        hb.scan(cell, h0, xs, iterations=1)
+
+
+@pytest.mark.parametrize("mixing", [lambda h: h.sum(0, keepdim=True), torch.rand_like], ids=["batch", "random"])
+def test_a_cell_that_mixes_its_batch_or_is_random_is_refused(mixing):
+    h0, xs, _ = problem(GRUCell())
+    h, _ = hb.scan(lambda h, _: (0.5 + 0 * h, h + mixing(h)), h0, xs, iterations=1)
+    with pytest.raises(RuntimeError, match="treat leading axes as a batch"):
+        h.sum().backward()
+
+
+def test_bad_input():
+    cell = GRUCell()
+    h0, xs, _ = problem(cell)
+    with pytest.raises(ValueError, match="at least one step"):
+        hb.scan(cell, h0, xs[:0])
+    with pytest.raises(ValueError, match="iterations=-1 is too small"):
+        hb.scan(cell, h0, xs, iterations=-1)
+    with pytest.raises(TypeError, match=r"chunk=1.5 is a float"):
+        hb.scan(cell, h0, xs, iterations=1, chunk=1.5)
