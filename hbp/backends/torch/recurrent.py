@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from hbp.backends.torch.layer import Options, RecurrentLayer
-from hbp.core.backend import check_count
+from hbp.backends.torch.training import Scheduled
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
 
@@ -31,7 +31,7 @@ class _Sequence:
     batch: int
 
 
-class _Recurrent(torch.nn.RNNBase):
+class _Recurrent(Scheduled, torch.nn.RNNBase):
     """What `GRU` and `LSTM` share. Their options are plain attributes; each forward reads them."""
 
     def __init__(
@@ -50,7 +50,6 @@ class _Recurrent(torch.nn.RNNBase):
         self.chunk = chunk
         self.residual = residual
         self.exact = exact
-        self.training_step = 0
         self.options()
 
     def options(self) -> Options:
@@ -59,13 +58,11 @@ class _Recurrent(torch.nn.RNNBase):
         Raises:
             TypeError, ValueError: an attribute is not what its name says.
         """
-        k = self.iterations(self.training_step) if isinstance(self.iterations, Schedule) else self.iterations
         if self.exact not in (None, "adjoint", "library"):
             raise ValueError(f"exact={self.exact!r}; give 'adjoint', 'library', or None for the faster one")
         if self.residual is not None and not isinstance(self.residual, LinearOperator):
             raise TypeError(f"residual is a {type(self.residual).__name__}; give an operator, as hbp.Zero(), or None")
-        k = None if k is None else check_count("iterations", k, 0)
-        return Options(self.mode == "LSTM", k, check_count("chunk", self.chunk, 1), self.residual)
+        return Options(self.mode == "LSTM", *self.current(), self.residual)
 
     def exact_path(self, x: Tensor) -> Exact:
         """The exact backward that ``iterations=None`` means for an input like ``x``; ``self.exact`` pins it.
@@ -191,27 +188,3 @@ class GRU(_Recurrent, torch.nn.GRU):
 
 class LSTM(_Recurrent, torch.nn.LSTM):
     """`torch.nn.LSTM` with another backward pass; arguments as for `GRU`. ``proj_size`` is refused."""
-
-
-def set_iterations(module: torch.nn.Module, iterations: int | Schedule | None) -> None:
-    """Set ``iterations`` on all of this library's layers inside a module.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for layer in _own_layers(module):
-        layer.iterations = iterations
-        layer.options()
-
-
-def step(module: torch.nn.Module) -> None:
-    """Advance the schedules of all of this library's layers inside a module by one training step."""
-    for layer in _own_layers(module):
-        layer.training_step += 1
-
-
-def _own_layers(module: torch.nn.Module) -> list[_Recurrent]:
-    found = [layer for layer in module.modules() if isinstance(layer, _Recurrent)]
-    if not found:
-        raise ValueError(f"a {type(module).__name__} without any of hbp's layers; build it with GRU or LSTM of hbp")
-    return found

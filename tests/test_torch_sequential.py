@@ -1,0 +1,209 @@
+"""hb.Sequential: exact at k = L for every kind of layer, the core's iterate at every smaller k."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+import hbp
+
+torch = pytest.importorskip("torch")
+hb: Any = pytest.importorskip("hbp.backends.torch")
+nn = torch.nn
+
+D, L = 4, 5
+
+
+class Masked(nn.Module):
+    """A block that takes a mask and a bias as keyword arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Any, mask: Any = None, bias: Any = 0) -> Any:
+        return torch.tanh(self.linear(x) + bias) * mask
+
+
+def mlp() -> Any:
+    return nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+
+
+def conv(channels: int) -> Any:
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU())
+
+
+SHARED = nn.Linear(D, D)
+STACKS = {
+    "pre-activation": lambda: [hb.Residual(mlp()) for _ in range(L)],
+    "rectified": lambda: [hb.Residual(mlp(), (torch.relu, nn.ReLU())[i % 2]) for i in range(L)],
+    "mixed": lambda: [hb.Residual(mlp(), torch.relu if i % 2 else None) for i in range(L)],
+    "post-norm": lambda: [hb.PostNorm(mlp(), nn.LayerNorm(D)) for _ in range(L)],
+    "post-norm without weights": lambda: [hb.PostNorm(mlp(), nn.LayerNorm(D, elementwise_affine=False))] * L,
+    "plain layers": lambda: [nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D)) for _ in range(L)],
+    "dropout": lambda: [hb.Residual(nn.Sequential(mlp(), nn.Dropout(0.5))) for _ in range(L)],
+    "one layer five times": lambda: [hb.Residual(mlp())] * L,
+    "one weight in all layers": lambda: [hb.Residual(nn.Sequential(nn.Tanh(), SHARED)) for _ in range(L)],
+}
+IMAGES = {
+    "batch norm": lambda: [hb.Residual(conv(D), torch.relu) for _ in range(L)],
+    "downsampled": lambda: [hb.Residual(hb.Downsampled(conv(D * s), s), torch.relu) for s in (1, 2, 2, 4, 4)],
+}
+
+
+def inputs(name: str) -> Any:
+    return torch.randn(3, D, 8, 8, dtype=torch.float64) if name in IMAGES else torch.randn(3, 2, D, dtype=torch.float64)
+
+
+def gradients(model: Any, x: Any, leaves: Any = (), **kwargs: Any) -> tuple[Any, Any]:
+    torch.manual_seed(6)
+    x = x.detach().requires_grad_()
+    y = model(x, **kwargs)
+    wanted = [x, *leaves, *(p for p in model.parameters() if p.requires_grad)]
+    return y.detach(), torch.autograd.grad(y, wanted, torch.cos(y.detach()), allow_unused=True, materialize_grads=True)
+
+
+def close(found: Any, expected: Any, tolerance: float = 1e-11) -> None:
+    largest = max(reference.abs().max() for reference in expected)
+    for ours, reference in zip(found, expected, strict=True):
+        assert (ours - reference).abs().max() <= tolerance * max(reference.abs().max(), 1e-3 * largest)
+
+
+@pytest.mark.parametrize("name", [*STACKS, *IMAGES])
+def test_values_are_those_of_the_layers_and_enough_iterations_are_exact(name):
+    torch.manual_seed(0)
+    model = hb.Sequential(*(STACKS | IMAGES)[name]()).double()
+    x = inputs(name)
+    expected_y, expected = gradients(model, x)
+    for k, chunk, damping in ((L, 1, 0), (3, 2, 0), (1, 9, 0), (L, 1, 0.3), (2, 3, 0.3)):
+        model.iterations, model.chunk, model.damping = k, chunk, damping
+        y, found = gradients(model, x)
+        assert torch.equal(y, expected_y)
+        close(found, expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize(("damping", "replaced"), [(0, None), (0.2, None), (0, hbp.Zero()), (0.5, hbp.Identity())])
+@pytest.mark.parametrize("name", ["pre-activation", "rectified", "mixed", "post-norm", "plain layers"])
+def test_iterates_are_those_of_the_core(name, damping, replaced, chunk):
+    torch.manual_seed(0)
+    layers = STACKS[name]()
+    model = hb.Sequential(*layers, chunk=chunk, damping=damping, residual=replaced).double()
+    x = inputs(name)
+
+    def residual_map(i: int, state: Any, y: Any) -> Any:
+        if replaced is not None:
+            return replaced.scaled(1 - damping)
+        if name == "post-norm":
+            total = state + layers[i].block(state)
+            scale = layers[i].norm.weight / (total.var(-1, correction=0, keepdim=True) + layers[i].norm.eps).sqrt()
+            return hbp.Diagonal((1 - damping) * scale.detach())
+        mask = (y > 0).double() if getattr(layers[i], "rectified", False) else torch.ones_like(y)
+        return hbp.Diagonal((1 - damping) * mask)
+
+    y, chain = hb.linearize_layers([partial(hb.vjp, layer) for layer in layers], x, residual_map)
+    exact = gradients(model, x)[1][0]
+    for k in range(L):
+        model.iterations = k
+        found = gradients(model, x)[1][0]
+        close([found], [hb.highway(chain, torch.cos(y.detach()), k, chunk=chunk)[0]])
+        if k == 0:
+            assert (found - exact).abs().max() > 1e-4 * exact.abs().max()
+
+
+def test_keyword_arguments_reach_every_layer_and_get_gradients():
+    torch.manual_seed(0)
+    model = hb.Sequential(*(hb.Residual(Masked()) for _ in range(L))).double()
+    mask = (torch.rand(3, 2, 1) > 0.3).double()
+    bias = torch.randn(D, dtype=torch.float64, requires_grad=True)
+    x = inputs("")
+    expected = gradients(model, x, [bias], mask=mask, bias=bias)[1]
+    model.iterations = L
+    close(gradients(model, x, [bias], mask=mask, bias=bias)[1], expected)
+    assert expected[1].abs().max() > 0
+
+
+def test_statistics_are_updated_once_and_eval_and_no_grad_are_plain():
+    torch.manual_seed(0)
+    model = hb.Sequential(*IMAGES["batch norm"](), iterations=2).double()
+    model(inputs("batch norm")).sum().backward()
+    assert model[0].block[1].num_batches_tracked == 1
+    with torch.no_grad():
+        assert not model.eval()(inputs("batch norm")).requires_grad
+
+
+def test_hooks_frozen_and_unused_parameters():
+    torch.manual_seed(0)
+    model = hb.Sequential(*STACKS["pre-activation"](), iterations=L).double()
+    weight = model[2].block[0].weight
+    model[1].block[0].weight.requires_grad_(False)
+    model[3].register_parameter("unused", nn.Parameter(torch.ones(2)))
+    x = inputs("")
+    y, exact = gradients(model, x)
+    number = [id(p) for p in model.parameters() if p.requires_grad].index(id(weight))
+    calls = []
+    weight.register_hook(lambda g: calls.append(1) or 0.5 * g)
+    model(x).backward(torch.cos(y))
+    assert calls == [1]
+    close([weight.grad], [0.5 * exact[1 + number]])
+    assert model[1].block[0].weight.grad is None
+    assert model[3].unused.grad is None
+
+
+def test_state_dict_keys_are_those_of_nn():
+    layers = STACKS["rectified"]()
+    assert list(hb.Sequential(*layers).state_dict()) == list(nn.Sequential(*layers).state_dict())
+
+
+def test_tolerance_and_divergence():
+    torch.manual_seed(0)
+    model = hb.Sequential(*STACKS["pre-activation"](), tolerance=1e-12).double()
+    x = inputs("")
+    found = gradients(model, x)[1]
+    model.tolerance = None
+    close(found, gradients(model, x)[1])
+
+    class Cancelling(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return 0.1 * x
+
+    model = hb.Sequential(*(Cancelling() for _ in range(9)), tolerance=1e-3)
+    x = torch.ones(2, requires_grad=True)
+    with pytest.warns(hbp.DivergenceWarning, match="damp the split"):
+        model(x).sum().backward()
+    model.damping, model.iterations, model.tolerance = 0.9, 0, None
+    (gradient,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(gradient, torch.full((2,), 0.1**9))
+
+
+def test_down_is_the_left_inverse_of_up():
+    for s in (1, 2, 4):
+        layer = hb.Downsampled(nn.Identity(), s)
+        small = torch.randn(2, 3 * s, 8 // s, 8 // s)
+        assert layer.up(small).shape == (2, 3, 8, 8)
+        torch.testing.assert_close(layer.down(layer.up(small)), small)
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    down = hb.Downsampled(nn.Identity(), 2).down(x)
+    assert down[0, :, 0, 0].tolist() == [2.0, 3.0]  # rows (0, 4) and (1, 5) averaged, columns folded into channels
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: hb.Sequential(nn.Linear(3, 3), residual="I"), TypeError, "residual is a str; give an operator"),
+        (lambda: hb.Sequential(nn.Linear(3, 3), iterations=-1), ValueError, "iterations=-1 is too small"),
+        (lambda: hb.Residual(nn.Linear(3, 3), torch.tanh), ValueError, "give None, torch.relu or"),
+        (lambda: hb.PostNorm(nn.Linear(3, 3), nn.BatchNorm1d(3)), ValueError, "give a torch.nn.LayerNorm"),
+        (lambda: hb.Downsampled(nn.Identity(), 3), ValueError, "factor=3; give a power of two"),
+        (
+            lambda: hb.Sequential(nn.Linear(3, 2), iterations=1)(torch.ones(2, 3)),
+            ValueError,
+            r"output of layer 0 has shape \(2, 2\), expected \(2, 3\)",
+        ),
+    ],
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
