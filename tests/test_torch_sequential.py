@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import partial
 from typing import Any
 
@@ -150,6 +152,16 @@ def test_hooks_frozen_and_unused_parameters():
     close([weight.grad], [0.5 * exact[1 + number]])
     assert model[1].block[0].weight.grad is None
     assert model[3].unused.grad is None
+
+
+def test_slices_and_copies_keep_the_options():
+    model = hb.Sequential(*STACKS["rectified"](), iterations=2, chunk=3, damping=0.1, residual=hbp.Zero())
+    for same in (model[1:4], copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(same) is hb.Sequential
+        assert (same.iterations, same.chunk, same.damping) == (2, 3, 0.1)
+        assert isinstance(same.residual, hbp.Zero)
+    assert len(model[1:4]) == 3
+    assert model[1:4][0] is model[1]
 
 
 def test_state_dict_keys_are_those_of_nn():

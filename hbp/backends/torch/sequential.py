@@ -17,6 +17,7 @@ from hbp.core.operator import Identity, LinearOperator
 from hbp.core.schedule import Schedule
 
 BACKEND = TorchBackend()
+OPTIONS = ("iterations", "chunk", "residual", "damping", "tolerance", "training_step")
 
 
 class Sequential(Scheduled, nn.Sequential):
@@ -34,7 +35,7 @@ class Sequential(Scheduled, nn.Sequential):
         damping: gamma; all maps are multiplied by 1 - gamma (equation 17 of the paper).
         tolerance: stop when the last increment is below this fraction of the gradient; ``iterations`` is the cap.
 
-    Further arguments of a call go to every layer; tensors among the keyword arguments may need gradients.
+    Keyword arguments of a call go to every layer; tensors among them may need gradients. Slices keep the options.
 
     >>> model = Sequential(*(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(3)), iterations=1)
     >>> model(torch.randn(2, 4)).sum().backward()
@@ -55,6 +56,13 @@ class Sequential(Scheduled, nn.Sequential):
         self.iterations, self.chunk = iterations, chunk
         self.residual, self.damping, self.tolerance = residual, damping, tolerance
         self.current()
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if isinstance(index, slice):
+            for name in OPTIONS:
+                setattr(found, name, getattr(self, name))
+        return found
 
     def residual_map(self, layer: nn.Module, x: Tensor, y: Tensor) -> LinearOperator:
         """The map of a layer's call from x to y, damped."""
