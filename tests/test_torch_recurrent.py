@@ -198,6 +198,12 @@ def test_the_exact_path_is_seen_and_pinned():
     x = torch.randn(T, B, I)
     assert hb.GRU(I, H).exact_path(x) == "adjoint"
     assert hb.LSTM(I, H).exact_path(x) == "library"
+    assert hb.GRU(I, 512).exact_path(x[:, :1]) == "adjoint"
+    assert hb.GRU(I, 512).exact_path(x) == "library"  # B H^2 = 1e6
+    assert hb.GRU(I, 512, batch_first=True).exact_path(x.transpose(0, 1)) == "library"
+    assert hb.GRU(I, 512).exact_path(x[:, 0]) == "adjoint"
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
+    assert hb.GRU(I, 512).exact_path(packed) == "library"
     layer = hb.GRU(I, H, exact="library")
     assert layer.exact_path(x) == "library"
     y, _ = layer(x.requires_grad_())

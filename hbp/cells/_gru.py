@@ -154,8 +154,11 @@ class GRUPullback:
         """
         check_cotangent("dh", dh, self.h, self.backend)
         options = {"iterations": iterations, "chunk": chunk, "tolerance": tolerance}
+        return self.from_states(state_cotangents(self.chain, dh, residual, self.backend, options))
+
+    def from_states(self, g: Array) -> tuple[GRUParameters, Array, Array]:
+        """The last step of the pullback, from the cotangents of h0 and all states, (T+1, B, H)."""
         chain, by_input = self._linearized
-        g = state_cotangents(chain, dh, residual, self.backend, options)
         recurrent = chain.pullbacks.gains * g[1:, ..., None, :]
         candidate = (by_input * g[1:])[..., None, :]
         inputs = merged(self.backend.concat([recurrent[..., :2, :], candidate], axis=-2))

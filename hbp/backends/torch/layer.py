@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from hbp.backends.torch.operations import TorchBackend
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
+from hbp.core.chain import LinearizedChain
 from hbp.core.operator import LinearOperator
 
 BACKEND = TorchBackend()
@@ -88,8 +89,24 @@ def _pull(
         dlstm, dx, initial = lstm((cotangents[0], cotangents[1]), *how)
         return [d for d in dlstm if d is not None], dx, initial
     gru = GRUPullback(GRUParameters(*weights), x, states[0], h, BACKEND)
-    dgru, dx, dh0 = gru(cotangents[0], *how)
+    if options.iterations is None:
+        dgru, dx, dh0 = gru.from_states(_bptt(gru.chain, cotangents[0]))
+    else:
+        dgru, dx, dh0 = gru(cotangents[0], *how)
     return [d for d in dgru if d is not None], dx, (dh0,)
+
+
+def _bptt(chain: LinearizedChain, dh: Tensor) -> Tensor:
+    """`hbp.core.adjoint.backprop` for a GRU's chain: the same steps, three operations each, written in place."""
+    z, gains, weight = chain.residual.arrays[0], chain.pullbacks.gains, chain.pullbacks.weight
+    g = torch.cat([torch.zeros_like(dh[:1]), dh])  # what enters at each state; the step adds what arrives there
+    states, spread, gates = g.unbind(0), g[:, :, None].unbind(0), gains.unbind(0)
+    product = torch.empty_like(gates[0])
+    rows = product.view(len(product), -1)
+    for t, path in reversed(list(enumerate(z.unbind(0)))):
+        torch.mul(gates[t], spread[t + 1], out=product)
+        states[t].addcmul_(path, states[t + 1]).addmm_(rows, weight)
+    return g
 
 
 def _padded(sequences: tuple[Tensor, ...], batch_sizes: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:

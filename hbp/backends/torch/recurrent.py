@@ -21,6 +21,10 @@ from hbp.core.schedule import Schedule
 
 Exact: TypeAlias = Literal["adjoint", "library"]
 
+# benchmarks/gru_backward.py on two cores, time of torch.nn.GRU over ours: 8 at B H^2 = 4e3, 3.4 at 3e4, 2.6 at 7e4,
+# 0.9 at 1e6, 0.6 at 4e6: beyond this size the products fill the machine, and recomputing the gates costs more.
+ADJOINT_SIZE = 1_000_000
+
 
 @dataclass(frozen=True)
 class _Sequence:
@@ -64,14 +68,19 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
             raise TypeError(f"residual is a {type(self.residual).__name__}; give an operator, as hbp.Zero(), or None")
         return Options(self.mode == "LSTM", *self.current(), self.residual)
 
-    def exact_path(self, x: Tensor) -> Exact:
-        """The exact backward that ``iterations=None`` means for an input like ``x``; ``self.exact`` pins it.
+    def exact_path(self, input: Any) -> Exact:  # noqa: A002
+        """The exact backward that ``iterations=None`` means for such an input; ``self.exact`` pins it.
 
-        "adjoint" (this library's, without a graph) for the GRU on a CPU, where it is faster, else "library".
+        "adjoint", this library's without a graph, for a GRU on a CPU while B H^2 stays below `ADJOINT_SIZE`: there it
+        was measured faster. Else "library".
         """
         if self.exact is not None:
             return self.exact
-        return "adjoint" if self.mode == "GRU" and x.device.type == "cpu" else "library"
+        packed = isinstance(input, PackedSequence)
+        data = input.data if packed else input
+        batch = int(input.batch_sizes[0]) if packed else 1 if data.dim() < 3 else data.shape[1 - self.batch_first]
+        small = batch * self.hidden_size**2 < ADJOINT_SIZE
+        return "adjoint" if self.mode == "GRU" and data.device.type == "cpu" and small else "library"
 
     def extra_repr(self) -> str:
         own = f", iterations={self.iterations}, chunk={self.chunk}"
@@ -84,7 +93,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         data = input.data if isinstance(input, PackedSequence) else input
         given = () if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *given, *self._flat_weights))
-        if not tracked or (options.iterations is None and self.exact_path(data) == "library"):
+        if not tracked or (options.iterations is None and self.exact_path(input) == "library"):
             return super().forward(input, hx)
         return self._highway(input, given, options)
 
