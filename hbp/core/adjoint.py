@@ -13,10 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
-from numbers import Real
-from typing import Any
 
-from hbp.core.backend import Array, Backend, check_count, check_floating, check_shape
+from hbp.core.backend import Array, Backend, check_count, check_floating, check_shape, check_tolerance
 from hbp.core.chain import LinearizedChain, Stages
 from hbp.core.increments import DivergenceWarning, Iterate, Report
 from hbp.core.operator import LinearOperator
@@ -80,7 +78,7 @@ def highway(
     [4.0, 8.0, 9.0]
     """
     cap = None if iterations is None else check_count("iterations", iterations, 0)
-    tolerance = _check_tolerance(tolerance)
+    tolerance = check_tolerance(tolerance)
     problem = _posed(chain, cotangent, sources, chunk, backend)
     if tolerance is not None:
         return problem.filled(problem.until(tolerance, cap))
@@ -247,11 +245,3 @@ def _posed(
     if sources is not None:
         check_shape("sources", sources, (len(chain), *cotangent.shape))
     return _Problem(chain.bind(cotangent, resolved), cotangent, sources, chunk, resolved)
-
-
-def _check_tolerance(tolerance: Any) -> float | None:
-    if tolerance is None:
-        return None
-    if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not float(tolerance) >= 0:
-        raise ValueError(f"tolerance={tolerance!r}; give a non-negative number, a fraction of the solution")
-    return float(tolerance)

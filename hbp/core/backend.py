@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from operator import index
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -90,3 +91,12 @@ def check_count(name: str, value: Any, minimum: int) -> int:
     if count < minimum:
         raise ValueError(f"{name}={count} is too small; give an integer of at least {minimum}")
     return count
+
+
+def check_tolerance(tolerance: Any) -> float | None:
+    """``tolerance`` as a float, or None, after checking that it is a non-negative number (ValueError)."""
+    if tolerance is None:
+        return None
+    if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not float(tolerance) >= 0:
+        raise ValueError(f"tolerance={tolerance!r}; give a non-negative number, a fraction of the solution")
+    return float(tolerance)
