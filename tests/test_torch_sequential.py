@@ -206,6 +206,11 @@ def test_down_is_the_left_inverse_of_up():
     [
         (lambda: hb.Sequential(nn.Linear(3, 3), residual="I"), TypeError, "residual is a str; give an operator"),
         (lambda: hb.Sequential(nn.Linear(3, 3), iterations=-1), ValueError, "iterations=-1 is too small"),
+        (
+            lambda: hb.Sequential(nn.Linear(3, 3), tolerance=-1)(torch.ones(2, 3)),
+            ValueError,
+            "tolerance=-1; give a non-",
+        ),
         (lambda: hb.Residual(nn.Linear(3, 3), torch.tanh), ValueError, "give None, torch.relu or"),
         (lambda: hb.PostNorm(nn.Linear(3, 3), nn.BatchNorm1d(3)), ValueError, "give a torch.nn.LayerNorm"),
         (lambda: hb.Downsampled(nn.Identity(), 3), ValueError, "factor=3; give a power of two"),

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from hbp.backends.torch.operations import TorchBackend
 from hbp.backends.torch.training import Scheduled
 from hbp.core.adjoint import highway
+from hbp.core.backend import check_tolerance
 from hbp.core.forward import linearize_layers
 from hbp.core.operator import Identity, LinearOperator
 from hbp.core.schedule import Schedule
@@ -64,10 +65,9 @@ class Sequential(Scheduled, nn.Sequential):
                 setattr(found, name, getattr(self, name))
         return found
 
-    def residual_map(self, layer: nn.Module, x: Tensor, y: Tensor) -> LinearOperator:
-        """The map of a layer's call from x to y, damped."""
-        own = layer.residual_map(x, y) if hasattr(layer, "residual_map") else Identity()
-        return own.scaled(1 - self.damping) if self.damping else own
+    def damped(self, residual: LinearOperator) -> LinearOperator:
+        """A residual map times 1 - gamma; as it is where nothing is damped, since the identity has a faster scan."""
+        return residual.scaled(1 - self.damping) if self.damping else residual
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         k, chunk = self.current()
@@ -79,6 +79,7 @@ class Sequential(Scheduled, nn.Sequential):
                 x = layer(x, **kwargs)
             return x
         options = {"iterations": k, "chunk": chunk, "tolerance": self.tolerance}
+        check_tolerance(self.tolerance)
         return _Stack.apply(self, options, kwargs, tuple(shared), x, *shared.values(), *parameters)
 
 
@@ -114,9 +115,10 @@ class _Stack(torch.autograd.Function):
             return linearized
 
         def maps(i: int, state: Tensor, y: Tensor) -> LinearOperator:
-            return stack.residual_map(stack[i], state, y)
+            layer = stack[i]
+            return stack.damped(layer.residual_map(state, y) if hasattr(layer, "residual_map") else Identity())
 
-        residual = maps if stack.residual is None else stack.residual.scaled(1 - stack.damping)
+        residual = maps if stack.residual is None else stack.damped(stack.residual)
         y, chain = linearize_layers([run(layer) for layer in stack], x.detach(), residual, backend=BACKEND)
         ctx.options, ctx.chain, ctx.ends, ctx.leaves = options, chain, ends, leaves
         return y
