@@ -11,6 +11,7 @@ nox.options.sessions = ["lint", "numpy", "torch", "jax", "cupy"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PROJECT, "test")
+TEST_TORCH = nox.project.dependency_groups(PROJECT, "test-torch")
 LINT = nox.project.dependency_groups(PROJECT, "lint")
 CONSTRAINTS = ("-c", "tests/constraints.txt")
 
@@ -32,7 +33,7 @@ def numpy(session: nox.Session) -> None:
 
 @nox.session
 def torch(session: nox.Session) -> None:
-    session.install("-e", ".[torch]", *TEST, *CONSTRAINTS)
+    session.install("-e", ".[torch]", *TEST_TORCH, *CONSTRAINTS)
     session.run("pytest", "--backends=numpy,torch", *session.posargs)
 
 

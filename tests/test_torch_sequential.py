@@ -217,7 +217,7 @@ def test_down_is_the_left_inverse_of_up():
         (
             lambda: hb.Sequential(nn.Linear(3, 2), iterations=1)(torch.ones(2, 3)),
             ValueError,
-            r"output of layer 0 has shape \(2, 2\), expected \(2, 3\)",
+            r"output of layer 0, a Linear, has shape \(2, 2\), expected \(2, 3\)",
         ),
     ],
 )

@@ -1,0 +1,184 @@
+"""Existing models: their stack of layers found and given a backward pass by Highway-BP, in place."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from hbp.backends.torch.stack import Stack
+from hbp.core.operator import LinearOperator
+from hbp.core.schedule import Schedule
+
+Model = TypeVar("Model", bound=nn.Module)
+LOG = logging.getLogger("hbp")
+
+
+def convert(
+    model: Model,
+    iterations: int | Schedule | None = None,
+    *,
+    chunk: int = 1,
+    residual: LinearOperator | None = None,
+    damping: float | Sequence[float] = 0,
+    tolerance: float | None = None,
+    stacks: str | Sequence[str] | None = None,
+) -> Model:
+    """Give the stack of layers inside a model a backward pass by Highway-BP, in place.
+
+    The layers stay where they are, with their weights, hooks and names; only their ``forward`` is taken over, so the
+    model's own loop goes on calling them one by one, on all of the list or on a slice, with whatever arguments it
+    has. Calls without gradients, as in ``generate``, and ``iterations=None`` are the layers' own. What the calls
+    return may be used in a loss, intermediate states too; gradients *of* intermediate states (``retain_grad``) hold
+    only what enters there from outside. What was converted is logged ("hbp", level INFO); `revert` undoes it.
+
+    Args:
+        model: any module that calls the entries of a `torch.nn.ModuleList` or `torch.nn.Sequential` one after
+            another, each on what the one before returned: a tensor, or a tuple whose first entry is the next state.
+        iterations, chunk, residual, damping, tolerance: as for `Sequential`.
+        stacks: the name or names of the lists to convert, whole, as ``"encoder.layers"``. Otherwise that list
+            of which the longest row of entries of one class has most parameters, and of it that row.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: there is no such list, its layers cannot be converted (the message says why), or an option is
+            none.
+
+    >>> model = nn.Sequential(nn.Linear(3, 4), *(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(6)))
+    >>> model = convert(model, iterations=2)
+    >>> model(torch.randn(5, 3)).sum().backward()
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    chosen = _named(model, stacks) if stacks is not None else _largest(model)
+    converted = []
+    for name, layers in chosen:
+        options = ConvertedStack(tuple(dict.fromkeys(layers)))
+        options.configure(iterations, chunk, residual, damping, tolerance)
+        for i, layer in enumerate(layers):
+            _check_layer(f"{name}[{i}]" if name else f"entry {i}", layer)
+        converted.append((name, layers, options))
+    for name, layers, options in converted:
+        for layer in options.layers:
+            layer.forward = ConvertedForward(options, layer)
+        kind = type(layers[0]).__name__
+        LOG.info("hbp.convert: %s of %s: %d layers, %s", name or "the entries", type(model).__name__, len(layers), kind)
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undo `convert`, in place: the layers' ``forward`` is their class's again.
+
+    Raises:
+        ValueError: nothing in the model is converted.
+    """
+    found = [part for part in model.modules() if _is_converted(part)]
+    if not found:
+        raise ValueError(f"nothing in this {type(model).__name__} is converted")
+    for layer in found:
+        del layer.forward
+    return model
+
+
+class ConvertedStack(Stack):
+    """The options of a converted stack, shared by its layers."""
+
+    def __init__(self, layers: tuple[nn.Module, ...]) -> None:
+        self.layers = layers
+
+    def members(self) -> Iterable[nn.Module]:
+        return self.layers
+
+
+class ConvertedForward:
+    """A converted layer's ``forward``: within a run where gradients are needed, else that of the layer's class."""
+
+    def __init__(self, stack: ConvertedStack, layer: nn.Module) -> None:
+        self.stack = stack
+        self.layer = layer
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.layer).forward.__get__(self.layer))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layer
+        if not self.stack.tracks(args, kwargs):
+            return type(layer).forward(layer, *args, **kwargs)
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            raise RuntimeError(
+                "gradient checkpointing is on in a converted layer; turn it off, as by "
+                "model.gradient_checkpointing_disable(), or call hbp.backends.torch.revert(model)"
+            )
+        if not args:  # the state was given by name
+            name = next(iter(self.__signature__.parameters))
+            if name not in kwargs:
+                raise TypeError(f"a {type(layer).__name__} was called without its state, {name}")
+            args = (kwargs.pop(name),)
+        return self.stack.call(layer, _OwnForward(layer), args[0], args[1:], kwargs)
+
+
+class _OwnForward(nn.Module):
+    """The forward of a layer's class, with the layer's parameters as its own."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.layer).forward(self.layer, *args, **kwargs)
+
+
+def _largest(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
+    """The row of entries of one class with most parameters, and the name of the list it stands in."""
+    lists = [(name, part) for name, part in model.named_modules() if type(part) in (nn.ModuleList, nn.Sequential)]
+    rows = [(name, list(row)) for name, part in lists for _, row in groupby(part, type)]
+    rows = [(name, row) for name, row in rows if len(row) > 1 and any(_size(layer) for layer in row)]
+    if not rows:
+        seen = ", ".join(repr(name) for name, _ in lists) or "none"
+        raise ValueError(
+            f"found no stack to convert in this {type(model).__name__}: a torch.nn.ModuleList or Sequential with at "
+            f"least two consecutive layers of one class; its lists are: {seen}; give stacks= to convert one whole"
+        )
+    return [max(rows, key=lambda row: sum(map(_size, row[1])))]
+
+
+def _named(model: nn.Module, names: str | Sequence[str]) -> list[tuple[str, list[nn.Module]]]:
+    found = []
+    for name in (names,) if isinstance(names, str) else names:
+        part: Any = dict(model.named_modules()).get(name)
+        if type(part) not in (nn.ModuleList, nn.Sequential) or not len(part):
+            kind = "there is none" if part is None else f"it is a {type(part).__name__} of {len(list(part.children()))}"
+            raise ValueError(f"stacks={name!r}: {kind}; name a torch.nn.ModuleList or Sequential with layers in it")
+        found.append((name, list(part)))
+    return found
+
+
+def _size(layer: nn.Module) -> int:
+    return sum(p.numel() for p in layer.parameters())
+
+
+def _is_converted(layer: nn.Module) -> bool:
+    return isinstance(layer.__dict__.get("forward"), ConvertedForward)
+
+
+def _check_layer(name: str, layer: nn.Module) -> None:
+    reasons = {
+        "it is converted already; call revert first": _is_converted(layer),
+        "its forward has been replaced, by another library or a compiler; convert before that": "forward"
+        in layer.__dict__,
+        "it is compiled to TorchScript, whose calls cannot be taken over": isinstance(layer, torch.jit.ScriptModule),
+        "gradient checkpointing is on; turn it off, since its layers run twice": bool(
+            getattr(layer, "gradient_checkpointing", False)
+        ),
+    }
+    for reason, given in reasons.items():
+        if given:
+            raise ValueError(f"{name}, a {type(layer).__name__}, cannot be converted: {reason}")
