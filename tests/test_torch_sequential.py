@@ -73,10 +73,14 @@ def close(found: Any, expected: Any, tolerance: float = 1e-11) -> None:
         assert (ours - reference).abs().max() <= tolerance * max(reference.abs().max(), 1e-3 * largest)
 
 
+EQUAL = set(STACKS) - {"mixed", "dropout"}
+
+
 @pytest.mark.parametrize("name", [*STACKS, *IMAGES])
-def test_values_are_those_of_the_layers_and_enough_iterations_are_exact(name):
+@pytest.mark.parametrize("stacked", [False, None])
+def test_values_are_those_of_the_layers_and_enough_iterations_are_exact(name, stacked):
     torch.manual_seed(0)
-    model = hb.Sequential(*(STACKS | IMAGES)[name]()).double()
+    model = hb.Sequential(*(STACKS | IMAGES)[name](), stacked=stacked).double()
     x = inputs(name)
     expected_y, expected = gradients(model, x)
     for k, chunk, damping in ((L, 1, 0), (3, 2, 0), (1, 9, 0), (L, 1, 0.3), (2, 3, 0.3)):
@@ -84,15 +88,17 @@ def test_values_are_those_of_the_layers_and_enough_iterations_are_exact(name):
         y, found = gradients(model, x)
         assert torch.equal(y, expected_y)
         close(found, expected)
+        assert model.path == "stacked" if stacked is None and name in EQUAL else model.path.startswith("loop")
 
 
+@pytest.mark.parametrize("stacked", [False, None])
 @pytest.mark.parametrize("chunk", [1, 2])
 @pytest.mark.parametrize(("damping", "replaced"), [(0, None), (0.2, None), (0, hbp.Zero()), (0.5, hbp.Identity())])
 @pytest.mark.parametrize("name", ["pre-activation", "rectified", "mixed", "post-norm", "plain layers"])
-def test_iterates_are_those_of_the_core(name, damping, replaced, chunk):
+def test_iterates_are_those_of_the_core(name, damping, replaced, chunk, stacked):
     torch.manual_seed(0)
     layers = STACKS[name]()
-    model = hb.Sequential(*layers, chunk=chunk, damping=damping, residual=replaced).double()
+    model = hb.Sequential(*layers, chunk=chunk, damping=damping, residual=replaced, stacked=stacked).double()
     x = inputs(name)
 
     def residual_map(i: int, state: Any, y: Any) -> Any:
@@ -113,6 +119,65 @@ def test_iterates_are_those_of_the_core(name, damping, replaced, chunk):
         close([found], [hb.highway(chain, torch.cos(y.detach()), k, chunk=chunk)[0]])
         if k == 0:
             assert (found - exact).abs().max() > 1e-4 * exact.abs().max()
+
+
+class Scaled(nn.Linear):
+    """A layer with a setting that is no parameter."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(D, D)
+        self.scale = nn.Identity()
+        self.scale.factor = torch.tensor(scale)
+
+    def forward(self, x: Any) -> Any:
+        return x + self.scale.factor * super().forward(x)
+
+
+class Choosing(nn.Linear):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        (lambda: [nn.Linear(D, D), nn.Sequential(nn.Linear(D, D))], "the layers differ"),
+        (lambda: [nn.Linear(D, D)], "one layer only"),
+        (lambda: [nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D)) for _ in range(2)], "the layers have buffers"),
+        (lambda: [nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5)) for _ in range(2)], "the layers are random"),
+        (lambda: [Choosing(D, D) for _ in range(2)], "torch.vmap says"),
+        (lambda: [Scaled(0.5), Scaled(0.25)], "they hold something else than parameters"),
+    ],
+)
+def test_layers_that_cannot_be_pulled_back_all_at_once(layers, reason):
+    torch.manual_seed(0)
+    model = hb.Sequential(*layers(), iterations=2)
+    x = torch.randn(3, D, requires_grad=True)
+    model(x).sum().backward()
+    assert model.path.startswith("loop: ")
+    assert reason in model.path
+    model.stacked = True
+    with pytest.raises(RuntimeError, match=f"stacked=True, but .*{reason}"):
+        model(x).sum().backward()
+
+
+def test_all_at_once_with_arguments_and_frozen_and_tied_parameters():
+    torch.manual_seed(0)
+    blocks = [Masked() for _ in range(L)]
+    blocks[1].linear.weight.requires_grad_(False)
+    blocks[3].linear.weight = blocks[2].linear.weight
+    model = hb.Sequential(*map(hb.Residual, blocks)).double()
+    bias = torch.randn(D, dtype=torch.float64, requires_grad=True)
+    mask, x = (torch.rand(3, 2, 1) > 0.3).double(), inputs("")
+    expected = gradients(model, x, [bias], mask=mask, bias=bias)[1]
+    for model.iterations, model.chunk, model.stacked in ((L, 1, True), (3, 2, True), (2, 1, True), (2, 1, False)):
+        found = gradients(model, x, [bias], mask=mask, bias=bias)[1]
+        if model.iterations > 2:
+            close(found, expected)
+        elif model.stacked:
+            iterate = found
+    assert model.path == "loop: pinned"
+    close(iterate, found)
 
 
 def test_keyword_arguments_reach_every_layer_and_get_gradients():
@@ -205,6 +270,7 @@ def test_down_is_the_left_inverse_of_up():
     ("make", "error", "message"),
     [
         (lambda: hb.Sequential(nn.Linear(3, 3), residual="I"), TypeError, "residual is a str; give an operator"),
+        (lambda: hb.Sequential(nn.Linear(3, 3), stacked=1.5), ValueError, "stacked=1.5; give True, False, or None"),
         (lambda: hb.Sequential(nn.Linear(3, 3), iterations=-1), ValueError, "iterations=-1 is too small"),
         (
             lambda: hb.Sequential(nn.Linear(3, 3), tolerance=-1)(torch.ones(2, 3)),

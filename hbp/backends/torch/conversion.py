@@ -27,6 +27,7 @@ def convert(
     residual: LinearOperator | None = None,
     damping: float | Sequence[float] = 0,
     tolerance: float | None = None,
+    stacked: bool | None = None,
     stacks: str | Sequence[str] | None = None,
 ) -> Model:
     """Give the stack of layers inside a model a backward pass by Highway-BP, in place.
@@ -40,7 +41,7 @@ def convert(
     Args:
         model: any module that calls the entries of a `torch.nn.ModuleList` or `torch.nn.Sequential` one after
             another, each on what the one before returned: a tensor, or a tuple whose first entry is the next state.
-        iterations, chunk, residual, damping, tolerance: as for `Sequential`.
+        iterations, chunk, residual, damping, tolerance, stacked: as for `Sequential`.
         stacks: the name or names of the lists to convert, whole, as ``"encoder.layers"``. Otherwise that list
             of which the longest row of entries of one class has most parameters, and of it that row.
 
@@ -61,7 +62,7 @@ def convert(
     converted = []
     for name, layers in chosen:
         options = ConvertedStack(tuple(dict.fromkeys(layers)))
-        options.configure(iterations, chunk, residual, damping, tolerance)
+        options.configure(iterations, chunk, residual, damping, tolerance, stacked)
         for i, layer in enumerate(layers):
             _check_layer(f"{name}[{i}]" if name else f"entry {i}", layer)
         converted.append((name, layers, options))

@@ -11,7 +11,7 @@ from hbp.backends.torch.stack import Stack
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
 
-OPTIONS = ("iterations", "chunk", "residual", "damping", "tolerance", "training_step")
+OPTIONS = ("iterations", "chunk", "residual", "damping", "tolerance", "stacked", "training_step")
 
 
 class Sequential(Stack, nn.Sequential):
@@ -27,6 +27,8 @@ class Sequential(Stack, nn.Sequential):
         chunk: layers per chunk.
         residual: an operator that replaces the layers' own maps.
         damping: gamma, or one per layer; all maps are multiplied by 1 - gamma (equation 17 of the paper).
+        stacked: whether equal layers are pulled back all at once, over stacked parameters, which runs them once more;
+            None takes that where it was measured faster, for small layers, and ``path`` tells what was done.
         tolerance: stop when the last increment is below this fraction of the gradient; ``iterations`` is the cap.
 
     Further arguments of a call go to every layer; tensors among them may need gradients. A layer may return a tuple,
@@ -44,9 +46,10 @@ class Sequential(Stack, nn.Sequential):
         residual: LinearOperator | None = None,
         damping: float | Sequence[float] = 0,
         tolerance: float | None = None,
+        stacked: bool | None = None,
     ) -> None:
         super().__init__(*layers)
-        self.configure(iterations, chunk, residual, damping, tolerance)
+        self.configure(iterations, chunk, residual, damping, tolerance, stacked)
 
     def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from numbers import Real
 from typing import Any
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hbp.backends.torch.graphs import Call, LayerGraphs, StackedGraph, promising, pull, refusal
 from hbp.backends.torch.operations import TorchBackend
 from hbp.backends.torch.training import Scheduled
 from hbp.core.adjoint import highway, report
-from hbp.core.backend import Backend, check_tolerance, dtype_name
+from hbp.core.backend import check_tolerance, dtype_name
 from hbp.core.chain import LayerChain
 from hbp.core.joining import stack as stacked
 from hbp.core.operator import Identity, LinearOperator
@@ -38,13 +39,17 @@ class Stack(Scheduled):
     residual: LinearOperator | None = None
     damping: float | Sequence[float] = 0
     tolerance: float | None = None
+    stacked: bool | None = None
+    """Whether equal layers are pulled back all at once over stacked parameters; None: where that was faster."""
+    path: str = ""
+    """How the last backward pass pulled back: "stacked", or "loop" with the reason."""
     calls: list[Call] | None = None
     """Where a list, each call is appended to it."""
     previous: int = 0
     """The identity of the layer called last."""
 
     def configure(
-        self, iterations: Any, chunk: int, residual: Any, damping: float | Sequence[float], tolerance: float | None
+        self, iterations: Any, chunk: int, residual: Any, damping: Any, tolerance: Any, stacked: bool | None
     ) -> None:
         """Set the options, checked.
 
@@ -58,6 +63,9 @@ class Stack(Scheduled):
             raise TypeError(f"damping is {damping!r}; give a number, or one per layer")
         self.iterations, self.chunk = iterations, chunk
         self.residual, self.damping, self.tolerance = residual, damping, check_tolerance(tolerance)
+        if stacked not in (None, True, False):
+            raise ValueError(f"stacked={stacked!r}; give True, False, or None for the faster one")
+        self.stacked = stacked
         self.current()
 
     def members(self) -> Iterable[nn.Module]:
@@ -108,6 +116,31 @@ class Stack(Scheduled):
             )
         self.previous = id(layer)
 
+    def graphs(self, calls: Sequence[Call]) -> LayerGraphs | StackedGraph:
+        """The pullbacks of these calls, in the way ``stacked`` says; `path` tells which."""
+        reason = "pinned" if self.stacked is False else refusal(calls)
+        if reason is None and self.stacked is None and not promising(calls):
+            reason = "too large, or of different settings"
+        if reason is None:
+            found = StackedGraph(calls)
+            try:
+                with warnings.catch_warnings():
+                    if self.stacked is None:  # an operation that torch.vmap runs in a loop is no gain
+                        warnings.filterwarnings("error", "There is a performance drop")
+                    *_, y = found.linearized()
+            except Exception as error:  # torch.vmap has many ways to say that it cannot
+                reason = f"torch.vmap says: {error}"
+            else:
+                tolerance = torch.finfo(y.dtype).eps ** 0.5
+                if torch.allclose(y, torch.stack([call.ends[0] for call in calls]), tolerance, tolerance, True):
+                    self.path = "stacked"
+                    return found
+                reason = "run all at once they give other states, so they hold something else than parameters"
+        if self.stacked:
+            raise RuntimeError(f"stacked=True, but these layers cannot be pulled back all at once: {reason}")
+        self.path = f"loop: {reason}"
+        return LayerGraphs.of(calls)
+
     def residual_maps(self, own: list[LinearOperator], x: Tensor) -> LinearOperator:
         """The stack of residual maps of a run whose layers declare ``own``: replaced, or damped, where so chosen."""
         maps = own if self.residual is None else [self.residual.bind(len(own), x, BACKEND)[i] for i in range(len(own))]
@@ -116,16 +149,6 @@ class Stack(Scheduled):
             raise ValueError(f"damping has {len(gammas)} entries and the stack ran {len(own)} layers")
         maps = [one.scaled(1 - gamma) if gamma else one for one, gamma in zip(maps, gammas, strict=True)]
         return stacked(maps, x, BACKEND).bind(len(own), x, BACKEND)
-
-
-@dataclass(eq=False)
-class Call:
-    """One layer's call: its own graph from ``start`` to ``ends``, the first of which is the next state."""
-
-    start: Tensor
-    ends: tuple[Tensor, ...]
-    residual_map: LinearOperator
-    cotangents: tuple[Tensor | None, ...] = ()
 
 
 @dataclass(eq=False)
@@ -168,10 +191,10 @@ class Run:
         name = f"layer {len(self.maps)}, a {type(layer).__name__},"
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"{name} got a state that is no real floating point tensor: {type(x).__name__}")
+        prefix = "" if target is layer else "layer."
         own = {
-            ("" if target is layer else "layer.") + parameter: self.leaves[id(p)]
+            prefix + parameter: self.leaves.get(id(p), p)
             for parameter, p in layer.named_parameters(remove_duplicate=False)
-            if id(p) in self.leaves
         }
         args, kwargs = _swapped((args, kwargs), self.leaves)
         with torch.enable_grad():
@@ -189,7 +212,7 @@ class Run:
             outputs = (y, *outputs[1:])
         declared = layer.residual_map(start.detach(), y.detach()) if hasattr(layer, "residual_map") else IDENTITY
         tied = [i for i, out in enumerate(outputs) if i == 0 or (isinstance(out, Tensor) and out.requires_grad)]
-        call = Call(start, tuple(outputs[i] for i in tied), declared)
+        call = Call(target, own, (args, kwargs), declared, start, tuple(outputs[i] for i in tied))
         start.register_post_accumulate_grad_hook(_refuse_inner_gradient)
         self.maps.append(declared)
         if self.stack.calls is not None:
@@ -203,61 +226,29 @@ class Run:
     def gradients(self) -> tuple[Tensor, list[Tensor | None]]:
         """The gradients of the first state and of ``given``, from the cotangents that the links left."""
         calls = [self.calls.pop(i) for i in sorted(self.calls)]
-        first, starts, states = calls[0].start, [call.start for call in calls], [call.ends[0] for call in calls]
+        first, leaves = calls[0].start, list(self.leaves.values())
         arrived = [call.cotangents[0] for call in calls]
-        extras = [
-            (end, cotangent)
-            for call in calls
-            for end, cotangent in zip(call.ends[1:], call.cotangents[1:], strict=True)
-            if cotangent is not None
-        ]
-        ends, cotangents = [end for end, _ in extras], [cotangent for _, cotangent in extras]
         *entering, last = (torch.zeros_like(first) if c is None else c for c in (None, *arrived))
-        if ends:
-            pulled = _pull(ends, starts, cotangents)
-            entering = [c + more for c, more in zip(entering, pulled, strict=True)]
-        inside = ends or any(c is not None for c in arrived[:-1])
-        sources = torch.stack(entering) if inside else None
+        others = [pair for call in calls for pair in zip(call.ends[1:], call.cotangents[1:], strict=True)]
+        others = [(end, cotangent) for end, cotangent in others if cotangent is not None]
+        if others:  # further results of layers were used: cotangents of their states and leaves, known beforehand
+            ends, cotangents = zip(*others, strict=True)
+            pulled = pull(ends, [*(call.start for call in calls), *leaves], cotangents)
+            entering = [c if more is None else c + more for c, more in zip(entering, pulled, strict=False)]
+        sources = torch.stack(entering) if others or any(c is not None for c in arrived[:-1]) else None
         residual = self.stack.residual_maps(self.maps[: len(calls)], first)
-        chain = LayerChain(LayerGraphs(starts, states), residual, (tuple(first.shape), dtype_name(first)))
+        graphs = self.stack.graphs(calls)
+        chain = LayerChain(graphs, residual, (tuple(first.shape), dtype_name(first)))
         if self.stack.reports is not None:
             counts = {name: self.options[name] for name in ("iterations", "chunk")}
             self.stack.reports.append(report(chain, last, sources=sources, backend=BACKEND, **counts))
         g = highway(chain, last, sources=sources, backend=BACKEND, **self.options)
-        leaves, found = list(self.leaves.values()), []
-        if leaves:
-            both = (*g[1:].unbind(0), *cotangents)
-            found = torch.autograd.grad((*states, *ends), leaves, both, retain_graph=True, allow_unused=True)
-        return g[0], list(found)
-
-
-@dataclass(frozen=True, eq=False)
-class LayerGraphs:
-    """The pullbacks of whole layers, each through its own graph, as core's `Pullbacks`."""
-
-    starts: Sequence[Tensor]
-    ends: Sequence[Tensor]
-    traceable = False
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: slice) -> LayerGraphs:
-        return LayerGraphs(self.starts[index], self.ends[index])
-
-    def __call__(self, cotangents: Tensor, backend: Backend) -> Tensor:
-        # One call on graphs that share nothing but leaves: autograd walks through all of them.
-        return torch.stack(_pull(self.ends, self.starts, cotangents.unbind(0)))
-
-    def at(self, i: Any, cotangent: Tensor, backend: Backend) -> Tensor:
-        return _pull((self.ends[i],), (self.starts[i],), (cotangent,))[0]
-
-
-def _pull(ends: Sequence[Tensor], starts: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Cotangents of some tensors pulled back to others, zeros where nothing leads there."""
-    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    pulled: tuple[Tensor, ...] = torch.autograd.grad(ends, starts, cotangents, **options)
-    return pulled
+        found = graphs.gradients(g[1:], leaves) if leaves else []
+        if others:
+            found = [
+                b if a is None else a if b is None else a + b for a, b in zip(found, pulled[len(calls) :], strict=True)
+            ]
+        return g[0], found
 
 
 class _Entry(torch.autograd.Function):
@@ -282,7 +273,8 @@ class _Link(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Run, call: Call, _: Tensor) -> tuple[Tensor, ...]:
-        ctx.run, ctx.number, ctx.residual_map = run, len(run.maps), call.residual_map
+        ctx.run, ctx.number = run, len(run.maps)
+        ctx.call = replace(call, start=None, ends=())
         ctx.set_materialize_grads(False)
         # Saved in autograd's own way: the layer's graph is freed, and a second backward refused, as everywhere.
         ctx.save_for_backward(call.start, *call.ends)
@@ -291,7 +283,7 @@ class _Link(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[None, None, None]:
         start, *ends = ctx.saved_tensors
-        ctx.run.calls[ctx.number] = Call(start, tuple(ends), ctx.residual_map, cotangents)
+        ctx.run.calls[ctx.number] = replace(ctx.call, start=start, ends=tuple(ends), cotangents=cotangents)
         return None, None, None
 
 

@@ -1,0 +1,185 @@
+"""The pullbacks of a run's layers: through each layer's own graph, or all at once over stacked parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hbp.core.backend import Backend
+from hbp.core.operator import LinearOperator
+
+# Median times on two cores, float32, of the backward of L residual MLPs of width d at batch B, k = 3: stacked over
+# loop 0.13 at (L, d, B) = (64, 32, 4), 0.3 at (64, 64, 32), 0.8 at (32, 256, 64) and (64, 128, 256), then 1.3 at
+# (12, 256, 1024) and (16, 1024, 64), 2.5 at (16, 512, 64). So: not beyond these numbers of elements per layer.
+STACKED_PARAMETERS = 200_000
+STACKED_STATE = 50_000
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One layer's call: its own graph from ``start`` to ``ends``, the first of which is the next state."""
+
+    target: nn.Module
+    """What was called, with ``parameters`` in place of its own: the layer, or a module that has it inside."""
+    parameters: dict[str, Tensor]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    residual_map: LinearOperator
+    start: Tensor
+    ends: tuple[Tensor, ...]
+    cotangents: tuple[Tensor | None, ...] = ()
+    """Of the ends, where a backward pass has brought them."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGraphs:
+    """The pullbacks of whole layers, each through its own graph, as core's `Pullbacks`."""
+
+    starts: Sequence[Tensor]
+    ends: Sequence[Tensor]
+    traceable = False
+
+    @classmethod
+    def of(cls, calls: Sequence[Call]) -> LayerGraphs:
+        return cls([call.start for call in calls], [call.ends[0] for call in calls])
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: slice) -> LayerGraphs:
+        return LayerGraphs(self.starts[index], self.ends[index])
+
+    def __call__(self, cotangents: Tensor, backend: Backend) -> Tensor:
+        # One call on graphs that share nothing but leaves: autograd walks through all of them.
+        pulled = pull(self.ends, self.starts, cotangents.unbind(0))
+        return torch.stack([torch.zeros_like(x) if d is None else d for d, x in zip(pulled, self.starts, strict=True)])
+
+    def at(self, i: Any, cotangent: Tensor, backend: Backend) -> Tensor:
+        return self[i : i + 1](cotangent[None], backend)[0]
+
+    def gradients(self, cotangents: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+        """The cotangents of all ends, (L, ...), pulled back to leaves of the graphs; None where nothing leads."""
+        return pull(self.ends, leaves, cotangents.unbind(0))
+
+
+@dataclass(frozen=True, eq=False)
+class StackedGraph:
+    """The pullbacks of equal layers in one graph over their stacked parameters and states (`torch.vmap`).
+
+    The layers run once more, all at once.
+    """
+
+    calls: Sequence[Call]
+    graphs: dict[range, tuple[dict[str, Tensor], Tensor, Tensor]] = field(default_factory=dict)
+    """Per selection of calls: stacked parameters, and states before and after."""
+    selected: range | None = None
+    traceable = False
+
+    @property
+    def _range(self) -> range:
+        return range(len(self.calls)) if self.selected is None else self.selected
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __getitem__(self, index: slice) -> StackedGraph:
+        return StackedGraph(self.calls, self.graphs, self._range[index])
+
+    def __call__(self, cotangents: Tensor, backend: Backend) -> Tensor:
+        _, x, y = self.linearized()
+        (pulled,) = pull([y], [x], [cotangents])
+        return torch.zeros_like(x) if pulled is None else pulled
+
+    def at(self, i: Any, cotangent: Tensor, backend: Backend) -> Tensor:
+        return self[i : i + 1](cotangent[None], backend)[0]
+
+    def gradients(self, cotangents: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+        """As `LayerGraphs.gradients`."""
+        parameters, _, y = self.linearized()
+        own = {id(leaf): n for n, leaf in enumerate(leaves)}
+        everything = [*(p for p in parameters.values() if p.requires_grad), *leaves]
+        found = dict(zip(map(id, everything), pull([y], everything, [cotangents]), strict=True))
+        gradients = [found[id(leaf)] for leaf in leaves]
+        for name, stacked in parameters.items():
+            rows = found.get(id(stacked))
+            if rows is None:
+                continue
+            for row, call in zip(rows.unbind(0), (self.calls[i] for i in self._range), strict=True):
+                n = own.get(id(call.parameters[name]))
+                if n is not None:
+                    gradients[n] = row if gradients[n] is None else gradients[n] + row
+        return gradients
+
+    def linearized(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The graph of the selected calls: stacked parameters, and states before and after."""
+        if self._range not in self.graphs:
+            calls = [self.calls[i] for i in self._range]
+            target, (args, kwargs) = calls[0].target, calls[0].arguments
+            parameters = {}
+            for name in calls[0].parameters:
+                rows = [call.parameters[name] for call in calls]
+                stacked = torch.stack([row.detach() for row in rows])
+                parameters[name] = stacked.requires_grad_(any(row.requires_grad for row in rows))
+            x = torch.stack([call.start.detach() for call in calls]).requires_grad_()
+
+            def layer(own: dict[str, Tensor], state: Tensor) -> Tensor:
+                output = torch.func.functional_call(target, own, (state, *args), kwargs)
+                return output[0] if isinstance(output, tuple) else output
+
+            with torch.enable_grad():
+                self.graphs[self._range] = parameters, x, torch.vmap(layer)(parameters, x)
+        return self.graphs[self._range]
+
+
+def refusal(calls: Sequence[Call]) -> str | None:
+    """Why these calls cannot be pulled back by a `StackedGraph`, or None: they can, unless `torch.vmap` objects."""
+    first = calls[0]
+    if len(calls) < 2:
+        return "one layer only"
+    if any(_signature(call) != _signature(first) for call in calls):
+        return "the layers differ"
+    if any(True for _ in first.target.buffers()):
+        return "the layers have buffers"
+    dropouts = (m for m in first.target.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+    if any(m.p and m.training for m in dropouts):
+        return "the layers are random"
+    if not all(_same(a.arguments, b.arguments) for a, b in pairwise(calls)):
+        return "the layers take different or opaque arguments"
+    return None
+
+
+def promising(calls: Sequence[Call]) -> bool:
+    """Whether a `StackedGraph` is worth trying: the layers' settings agree, and at their size it was faster."""
+    parameters = sum(p.numel() for p in calls[0].parameters.values())
+    if parameters > STACKED_PARAMETERS or calls[0].start.numel() > STACKED_STATE:
+        return False
+    settings = [_settings(call.target) for call in calls]
+    return all(other == settings[0] for other in settings)
+
+
+def _signature(call: Call) -> Any:
+    return type(call.target), [(name, p.shape, p.dtype) for name, p in call.parameters.items()]
+
+
+def _settings(target: nn.Module) -> list[Any]:
+    """The plain values among the attributes of all modules inside."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return [(type(m), {k: v for k, v in vars(m).items() if isinstance(v, plain)}) for m in target.modules()]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two nests of arguments are the same tensors and plain values."""
+    if isinstance(a, tuple | list):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return type(a) is type(b) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return a is b if isinstance(a, Tensor) else isinstance(a, bool | int | float | str | None) and bool(a == b)
+
+
+def pull(ends: Sequence[Tensor], starts: Sequence[Tensor], cotangents: Iterable[Tensor]) -> list[Tensor | None]:
+    """Cotangents of some tensors pulled back to others, None where nothing leads there; the graph stays."""
+    return list(torch.autograd.grad(ends, starts, list(cotangents), retain_graph=True, allow_unused=True))
