@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ hb: Any = pytest.importorskip("hbp.backends.torch")
 
 KINDS = ("GRU", "LSTM")
 T, B, I, H = 9, 4, 3, 5  # noqa: E741
+MINUTE = timedelta(minutes=1)
 LENGTHS = torch.tensor([3, 9, 1, 5])
 
 
@@ -267,3 +270,46 @@ def test_bad_input(kind):
     ):
         with pytest.raises(error, match=message):
             layer(*arguments)
+
+
+@pytest.mark.parametrize("k", [None, 0, 1, 3, 40])
+def test_the_gru_in_blocks_of_time(k, monkeypatch):
+    monkeypatch.setattr(hbp.backends.torch.gru, "BLOCK", 1)  # blocks of 8 steps, the last shorter
+    torch.manual_seed(0)
+    layer = hb.GRU(I, H, iterations=k, exact="adjoint").double()
+    x, h0 = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((27, B, I), (1, B, H)))
+    y, _ = layer(x, h0)
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, [*layer.parameters(), x, h0], dy)
+    arrays = [p.detach().numpy() for p in layer.parameters()]
+    _, pullback = hbp.cells.gru(hbp.cells.GRUParameters(*arrays), x.detach().numpy(), h0[0].detach().numpy())
+    dparams, dx, dh0 = pullback(dy.numpy(), iterations=k)
+    close(found, [torch.tensor(d) for d in (*dparams, dx, dh0[None])], 1e-12)
+    frozen = layer(x.detach(), h0.detach())[0]  # the inputs' gradient is left out
+    close(torch.autograd.grad(frozen, list(layer.parameters()), dy), found[:4], 1e-12)
+
+
+def _replica(rank: int, folder: str) -> None:
+    """One of two processes, each with half of a batch."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2, timeout=MINUTE
+    )
+    torch.manual_seed(0)
+    stack = [hb.Residual(torch.nn.Linear(H, H)) for _ in range(3)]
+    model = torch.nn.Sequential(hb.GRU(I, H, iterations=9), Outputs(), hb.Sequential(*stack, iterations=3)).double()
+    x = torch.randn(T, 4, I, dtype=torch.float64)
+    expected = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    parallel(x[:, 2 * rank : 2 * rank + 2]).square().mean().backward()
+    close([p.grad for p in model.parameters()], expected, 1e-12)
+    torch.distributed.destroy_process_group()
+
+
+class Outputs(torch.nn.Module):
+    def forward(self, found: Any) -> Any:
+        return found[0]
+
+
+def test_distributed_data_parallel(tmp_path):
+    torch.multiprocessing.spawn(_replica, (str(tmp_path),), nprocs=2)

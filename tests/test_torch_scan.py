@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+import hbp
+
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
 
@@ -142,3 +144,16 @@ def test_bad_input():
         hb.scan(cell, h0, xs, iterations=-1)
     with pytest.raises(TypeError, match=r"chunk=1.5 is a float"):
         hb.scan(cell, h0, xs, iterations=1, chunk=1.5)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 100, 257])
+@pytest.mark.parametrize("width", [3, 5000])
+def test_the_in_place_scan_is_the_recurrence(length, width):
+    torch.manual_seed(0)
+    values, c = torch.randn(length, width, dtype=torch.float64), torch.randn(length + 1, width, dtype=torch.float64)
+    expected = [c[-1]]
+    for i in reversed(range(length)):
+        expected.append(c[i] + values[i] * expected[-1])
+    found = hb.propagate(hbp.Diagonal(values), c)
+    reference = torch.stack(expected[::-1])
+    assert ((found - reference).abs() <= 1e-12 * (1 + reference.abs())).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from hbp.cells._common import (
 )
 from hbp.core.backend import Array, Backend
 from hbp.core.chain import LinearizedChain
+from hbp.core.increments import Report
 from hbp.core.operator import Diagonal, LinearOperator
 
 
@@ -141,34 +143,36 @@ class GRUPullback:
         chunk: int = 1,
         residual: LinearOperator | None = None,
         tolerance: float | None = None,
+        watch: Callable[[Report], None] | None = None,
     ) -> tuple[GRUParameters, Array, Array]:
         """Pull cotangents of the states, (T, B, H), back to the parameters, the inputs and the initial state.
 
         Args:
             dh: the loss's cotangents of ``h``; zeros but for the last step where only that one counts.
-            iterations, chunk, tolerance: as in `hbp.highway`; None is exact backpropagation through time.
+            iterations, chunk, tolerance, watch: as in `hbp.highway`; None is exact backpropagation through time.
             residual: another residual path than diag(z): ``hbp.Zero()`` is the fixed-point baseline.
 
         Returns:
             ``dparams`` (a `GRUParameters`), ``dx`` (T, B, I), ``dh0`` (B, H).
         """
         check_cotangent("dh", dh, self.h, self.backend)
-        options = {"iterations": iterations, "chunk": chunk, "tolerance": tolerance}
+        options = {"iterations": iterations, "chunk": chunk, "tolerance": tolerance, "watch": watch}
         return self.from_states(state_cotangents(self.chain, dh, residual, self.backend, options))
 
     def from_states(self, g: Array) -> tuple[GRUParameters, Array, Array]:
         """The last step of the pullback, from the cotangents of h0 and all states, (T+1, B, H)."""
+        inputs, recurrent = self.preactivations(g)
+        dx = matmul(inputs, self.params.weight_ih)
+        return self.parameters(inputs, recurrent), dx, first(g, self.backend)
+
+    def preactivations(self, g: Array) -> tuple[Array, Array]:
+        """The cotangents of the gates' input and recurrent pre-activations, (T, B, 3H), from those of the states."""
         chain, by_input = self._linearized
         recurrent = chain.pullbacks.gains * g[1:, ..., None, :]
         candidate = (by_input * g[1:])[..., None, :]
-        inputs = merged(self.backend.concat([recurrent[..., :2, :], candidate], axis=-2))
-        return (
-            self._parameters(inputs, merged(recurrent)),
-            matmul(inputs, self.params.weight_ih),
-            first(g, self.backend),
-        )
+        return merged(self.backend.concat([recurrent[..., :2, :], candidate], axis=-2)), merged(recurrent)
 
-    def _parameters(self, inputs: Array, recurrent: Array) -> GRUParameters:
+    def parameters(self, inputs: Array, recurrent: Array) -> GRUParameters:
         """The parameters' gradients from the cotangents of both pre-activations, (T, B, 3H)."""
         return GRUParameters(
             weight_gradient(inputs, self.x),

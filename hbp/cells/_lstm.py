@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from hbp.cells._common import (
 )
 from hbp.core.backend import Array, Backend
 from hbp.core.chain import LinearizedChain
+from hbp.core.increments import Report
 from hbp.core.operator import Diagonal, LinearOperator, Pair
 
 
@@ -165,12 +167,13 @@ class LSTMPullback:
         chunk: int = 1,
         residual: LinearOperator | None = None,
         tolerance: float | None = None,
+        watch: Callable[[Report], None] | None = None,
     ) -> tuple[LSTMParameters, Array, tuple[Array, Array]]:
         """Pull cotangents of the states back to the parameters, the inputs and the initial states.
 
         Args:
             dstates: ``(dh, dc)``, (T, B, H) each; dc may be None.
-            iterations, chunk, tolerance: as in `hbp.highway`; None is exact backpropagation through time.
+            iterations, chunk, tolerance, watch: as in `hbp.highway`; None is exact backpropagation through time.
             residual: another residual path than c[t-1] -> c[t] -> h[t], on states (c, h) of shape (B, 2, H):
                 ``hbp.Zero()`` is the fixed-point baseline.
 
@@ -184,7 +187,7 @@ class LSTMPullback:
         if dc is not None:
             check_cotangent("dc", dc, self.states[0], self.backend)
         d = self.backend.stack([self.backend.zeros_like(dh) if dc is None else dc, dh], axis=-2)
-        options = {"iterations": iterations, "chunk": chunk, "tolerance": tolerance}
+        options = {"iterations": iterations, "chunk": chunk, "tolerance": tolerance, "watch": watch}
         g = state_cotangents(self.chain, d, residual, self.backend, options)
         a = self.chain.pullbacks.preactivations(g[1:], self.backend)
         d0 = first(g, self.backend)

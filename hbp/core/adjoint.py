@@ -9,7 +9,7 @@ it has come. Everywhere ``g[i]`` belongs to ``x[i]``; ``sources`` (L, ...) enter
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -50,6 +50,7 @@ def highway(
     sources: Array | None = None,
     chunk: int = 1,
     tolerance: float | None = None,
+    watch: Callable[[Report], None] | None = None,
     backend: Backend | str | None = None,
 ) -> Array:
     """Highway backpropagation: the sum over all paths that cross at most ``iterations`` blocks.
@@ -61,6 +62,7 @@ def highway(
         sources: cotangents that enter at x[0..L-1], shape (L, ...).
         chunk: layers per stage; blocks are then stages, inside which backprop is exact.
         tolerance: stop when the last increment is below this fraction of the solution.
+        watch: called with the report on the increments, where there are any.
         backend: a backend or its name, where it shall not be chosen by `resolve`'s rules.
 
     Returns:
@@ -80,8 +82,8 @@ def highway(
     cap = None if iterations is None else check_count("iterations", iterations, 0)
     tolerance = check_tolerance(tolerance)
     problem = _posed(chain, cotangent, sources, chunk, backend)
-    if tolerance is not None:
-        return problem.filled(problem.until(tolerance, cap))
+    if tolerance is not None or (watch is not None and cap is not None):
+        return problem.filled(problem.until(tolerance, cap, watch))
     if cap is None:
         return problem.exact()
     g = problem.backend.propagate(problem.coarse.residual.T, problem.c)
@@ -209,16 +211,18 @@ class _Problem:
                 g = g + increment
             yield Iterate(k, g, self.backend.norm(increment), self.backend.norm(g))
 
-    def until(self, tolerance: float, cap: int | None) -> Array:
+    def until(self, tolerance: float | None, cap: int | None, watch: Callable[[Report], None] | None) -> Array:
         """The first iterate whose increment is below the tolerance, or the one at the cap."""
         seen = []
         for iterate in islice(self.increments(), None if cap is None else cap + 1):
             seen.append(replace(iterate, cotangents=None))
-            if iterate.relative <= tolerance:
+            if tolerance is not None and iterate.relative <= tolerance:
                 break
         report = Report.of(seen, len(self.coarse))
-        if report.diverges:
+        if tolerance is not None and report.diverges:
             warnings.warn(report.verdict, DivergenceWarning, stacklevel=3)
+        if watch is not None:
+            watch(report)
         return iterate.cotangents
 
     def filled(self, g: Array) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hbp.backends._surface import *
 from hbp.backends._surface import COMMON, bound, jit
 from hbp.backends.torch.conversion import convert, revert
+from hbp.backends.torch.diagnosis import diagnose, estimate_damping
 from hbp.backends.torch.gated import scan
 from hbp.backends.torch.operations import TorchBackend
 from hbp.backends.torch.recurrent import GRU, LSTM
@@ -23,6 +24,8 @@ OWN = [
     "Residual",
     "Sequential",
     "convert",
+    "diagnose",
+    "estimate_damping",
     "follow",
     "revert",
     "scan",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from hbp.backends.torch.gru import pull as pull_gru
 from hbp.backends.torch.operations import TorchBackend
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
-from hbp.core.chain import LinearizedChain
+from hbp.core.increments import Report
 from hbp.core.operator import LinearOperator
 
 BACKEND = TorchBackend()
@@ -26,6 +28,7 @@ class Options:
     iterations: int | None
     chunk: int
     residual: LinearOperator | None
+    watch: Callable[[Report], None] | None = None
 
 
 class RecurrentLayer(torch.autograd.Function):
@@ -52,7 +55,7 @@ class RecurrentLayer(torch.autograd.Function):
         states, weights = ([tensor.to(wide) for tensor in part] for part in (rest[: ctx.count], rest[ctx.count :]))
         directions, hidden = len(states[0]), states[0].shape[-1]
         count = len(weights) // directions
-        dx, dstates, dweights = torch.zeros_like(x), [[] for _ in states], []  # type: ignore[var-annotated]
+        dx, dstates, dweights = None, [[] for _ in states], []  # type: ignore[var-annotated]
         for d in range(directions):
             own = slice(d * hidden, (d + 1) * hidden)
             dh = _turned(dy[..., own], d, lengths)
@@ -67,46 +70,44 @@ class RecurrentLayer(torch.autograd.Function):
                 [state[d] for state in states],
                 _turned(y[..., own], d, lengths),
                 cotangents,
+                ctx.needs_input_grad[2],
             )
-            dx = dx + _turned(back, d, lengths)
+            if back is not None:
+                back = _turned(back, d, lengths)
+                dx = back if dx is None else dx + back
             dweights += found
             for gathered, one in zip(dstates, initial, strict=True):
                 gathered.append(one)
-        if batch_sizes is not None:
+        if batch_sizes is not None and dx is not None:
             dx = pack_padded_sequence(dx, lengths).data
         gradients = [dx, *map(torch.stack, dstates), *dweights]
-        dx, *others = (gradient.to(like.dtype) for gradient, like in zip(gradients, given, strict=True))
+        dx, *others = (d if d is None else d.to(like.dtype) for d, like in zip(gradients, given, strict=True))
         return (None, None, dx, *others[: ctx.count], *[None] * (ctx.count + 1), *others[ctx.count :])
 
 
 def _pull(
-    options: Options, weights: list[Tensor], x: Tensor, states: list[Tensor], h: Tensor, cotangents: list[Tensor]
-) -> tuple[list[Tensor], Tensor, tuple[Tensor, ...]]:
-    """One direction by its cell's pullback: gradients of the weights, the inputs and the initial states."""
-    how = (options.iterations, options.chunk, options.residual)
+    options: Options,
+    weights: list[Tensor],
+    x: Tensor,
+    states: list[Tensor],
+    h: Tensor,
+    cotangents: list[Tensor],
+    with_inputs: bool,
+) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
+    """One direction by its cell's pullback: gradients of the weights, perhaps the inputs, and the initial states."""
+    how = (options.iterations, options.chunk, options.residual, None, options.watch)
     if options.lstm:
         lstm = LSTMPullback(LSTMParameters(*weights), x, (states[0], states[1]), (h, None), BACKEND)
         dlstm, dx, initial = lstm((cotangents[0], cotangents[1]), *how)
         return [d for d in dlstm if d is not None], dx, initial
-    gru = GRUPullback(GRUParameters(*weights), x, states[0], h, BACKEND)
-    if options.iterations is None:
-        dgru, dx, dh0 = gru.from_states(_bptt(gru.chain, cotangents[0]))
+    plain = options.chunk == 1 and options.residual is None and options.watch is None and h.device.type == "cpu"
+    if plain or options.iterations is None:
+        dgru, dx, dh0 = pull_gru(
+            GRUParameters(*weights), x, states[0], h, cotangents[0], options.iterations, with_inputs
+        )
     else:
-        dgru, dx, dh0 = gru(cotangents[0], *how)
+        dgru, dx, dh0 = GRUPullback(GRUParameters(*weights), x, states[0], h, BACKEND)(cotangents[0], *how)
     return [d for d in dgru if d is not None], dx, (dh0,)
-
-
-def _bptt(chain: LinearizedChain, dh: Tensor) -> Tensor:
-    """`hbp.core.adjoint.backprop` for a GRU's chain: the same steps, three operations each, written in place."""
-    z, gains, weight = chain.residual.arrays[0], chain.pullbacks.gains, chain.pullbacks.weight
-    g = torch.cat([torch.zeros_like(dh[:1]), dh])  # what enters at each state; the step adds what arrives there
-    states, spread, gates = g.unbind(0), g[:, :, None].unbind(0), gains.unbind(0)
-    product = torch.empty_like(gates[0])
-    rows = product.view(len(product), -1)
-    for t, path in reversed(list(enumerate(z.unbind(0)))):
-        torch.mul(gates[t], spread[t + 1], out=product)
-        states[t].addcmul_(path, states[t + 1]).addmm_(rows, weight)
-    return g
 
 
 def _padded(sequences: tuple[Tensor, ...], batch_sizes: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:

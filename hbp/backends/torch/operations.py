@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from hbp.backends._array import ArrayBackend
 from hbp.core.backend import Array, Pullback
 from hbp.core.operator import Dense, LinearOperator, Scalar
 from hbp.core.scan import hillis_steele, sequential
+
+ROW = 4096
+"""Numbers in a state up to which the scan on a CPU is cut into pieces."""
 
 
 class TorchBackend(ArrayBackend):
@@ -47,15 +52,37 @@ class TorchBackend(ArrayBackend):
         if recorded or transformed or isinstance(operator, Dense):
             return sequential(operator, c, self)
         g = c.clone(memory_format=torch.contiguous_format)
-        states = g.unbind(0)
         if isinstance(operator, Scalar) and not operator.arrays:
+            states = g.unbind(0)
             for i in range(len(c) - 2, -1, -1):
                 states[i].add_(states[i + 1], alpha=operator.value)
             return g
-        values = operator.arrays[0].unbind(0)
-        for i in range(len(c) - 2, -1, -1):
-            states[i].addcmul_(values[i], states[i + 1])
+        suffix_scan_(operator.arrays[0], g)
         return g
 
     def norm(self, x: Array) -> float:
         return super().norm(x.detach())
+
+
+def suffix_scan_(values: Tensor, g: Tensor) -> None:
+    """``g[i] += values[i] * g[i+1]`` from the end on, in place: values (L, ...) as they broadcast, g (L+1, ...)."""
+    length = len(values)
+    size = math.isqrt(length)
+    if size < 8 or g[0].numel() > ROW or values.shape[1:] != g.shape[1:]:
+        states = g.unbind(0)
+        for i, value in reversed(list(enumerate(values.unbind(0)))):
+            states[i].addcmul_(value, states[i + 1])
+        return
+    # Rows so short that a step costs more than its arithmetic: pieces of sqrt(L) steps, all pieces at once, then
+    # what enters each piece at its end, times the product of the values from there on.
+    cut = length - length % size
+    suffix_scan_(values[cut:], g[cut:])
+    products = values[:cut].reshape(-1, size, *values.shape[1:]).transpose(0, 1).clone().contiguous()
+    pieces = g[:cut].view(-1, size, *g.shape[1:]).transpose(0, 1)
+    rows, factors = pieces.unbind(0), products.unbind(0)
+    for i in range(size - 2, -1, -1):
+        rows[i].addcmul_(factors[i], rows[i + 1])
+        factors[i].mul_(factors[i + 1])
+    entering = g[size : cut + 1 : size].clone()
+    suffix_scan_(factors[0][1:], entering)
+    pieces.addcmul_(products, entering[None])

@@ -21,9 +21,10 @@ from hbp.core.schedule import Schedule
 
 Exact: TypeAlias = Literal["adjoint", "library"]
 
-# benchmarks/gru_backward.py on two cores, time of torch.nn.GRU over ours: 8 at B H^2 = 4e3, 3.4 at 3e4, 2.6 at 7e4,
-# 0.9 at 1e6, 0.6 at 4e6: beyond this size the products fill the machine, and recomputing the gates costs more.
-ADJOINT_SIZE = 1_000_000
+# Whole training steps on two cores, time of torch.nn.GRU over ours with the adjoint: 3 to 5 at B H^2 = 4e3, 2.5 at
+# 3e4, 1.7 at 1.3e5, 1.4 at 2.6e5, 0.8 to 1.2 at 5e5: from there on the products fill the machine, and recomputing the
+# gates costs more than it saves.
+ADJOINT_SIZE = 400_000
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
             raise ValueError(f"exact={self.exact!r}; give 'adjoint', 'library', or None for the faster one")
         if self.residual is not None and not isinstance(self.residual, LinearOperator):
             raise TypeError(f"residual is a {type(self.residual).__name__}; give an operator, as hbp.Zero(), or None")
-        return Options(self.mode == "LSTM", *self.current(), self.residual)
+        return Options(self.mode == "LSTM", *self.current(), self.residual, self.watch())
 
     def exact_path(self, input: Any) -> Exact:  # noqa: A002
         """The exact backward that ``iterations=None`` means for such an input; ``self.exact`` pins it.

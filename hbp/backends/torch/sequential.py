@@ -34,6 +34,7 @@ class Sequential(Stack, nn.Sequential):
     Further arguments of a call go to every layer; tensors among them may need gradients. A layer may return a tuple,
     whose first entry is the next state; the rest is dropped. Slices keep the options.
 
+    >>> import torch
     >>> model = Sequential(*(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(3)), iterations=1)
     >>> model(torch.randn(2, 4)).sum().backward()
     """

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hbp.backends.torch.graphs import Call, LayerGraphs, StackedGraph, promising, pull, refusal
 from hbp.backends.torch.operations import TorchBackend
 from hbp.backends.torch.training import Scheduled
-from hbp.core.adjoint import highway, report
+from hbp.core.adjoint import highway
 from hbp.core.backend import check_tolerance, dtype_name
 from hbp.core.chain import LayerChain
 from hbp.core.joining import stack as stacked
@@ -141,13 +141,13 @@ class Stack(Scheduled):
         self.path = f"loop: {reason}"
         return LayerGraphs.of(calls)
 
-    def residual_maps(self, own: list[LinearOperator], x: Tensor) -> LinearOperator:
+    def residual_maps(self, own: list[LinearOperator], x: Tensor, damped: bool = True) -> LinearOperator:
         """The stack of residual maps of a run whose layers declare ``own``: replaced, or damped, where so chosen."""
         maps = own if self.residual is None else [self.residual.bind(len(own), x, BACKEND)[i] for i in range(len(own))]
         gammas = self.damping if isinstance(self.damping, list | tuple) else [self.damping] * len(own)
         if len(gammas) != len(own):
             raise ValueError(f"damping has {len(gammas)} entries and the stack ran {len(own)} layers")
-        maps = [one.scaled(1 - gamma) if gamma else one for one, gamma in zip(maps, gammas, strict=True)]
+        maps = [one.scaled(1 - gamma) if gamma and damped else one for one, gamma in zip(maps, gammas, strict=True)]
         return stacked(maps, x, BACKEND).bind(len(own), x, BACKEND)
 
 
@@ -178,7 +178,12 @@ class Run:
                 "model with use_cache=False, fill the cache under torch.no_grad(), or set iterations=None"
             )
         k, chunk = stack.current()
-        options = {"iterations": k, "chunk": chunk, "tolerance": check_tolerance(stack.tolerance)}
+        options = {
+            "iterations": k,
+            "chunk": chunk,
+            "tolerance": check_tolerance(stack.tolerance),
+            "watch": stack.watch(),
+        }
         given = tuple({id(tensor): tensor for tensor in (*outside, *stack.trainable())}.values())
         return cls(stack, options, given, {id(tensor): tensor.detach().requires_grad_() for tensor in given})
 
@@ -239,9 +244,6 @@ class Run:
         residual = self.stack.residual_maps(self.maps[: len(calls)], first)
         graphs = self.stack.graphs(calls)
         chain = LayerChain(graphs, residual, (tuple(first.shape), dtype_name(first)))
-        if self.stack.reports is not None:
-            counts = {name: self.options[name] for name in ("iterations", "chunk")}
-            self.stack.reports.append(report(chain, last, sources=sources, backend=BACKEND, **counts))
         g = highway(chain, last, sources=sources, backend=BACKEND, **self.options)
         found = graphs.gradients(g[1:], leaves) if leaves else []
         if others:

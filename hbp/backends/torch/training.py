@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class Scheduled:
     chunk: int = 1
     training_step: int = 0
     reports: list[Report] | None = None
-    """Where a list, each backward pass appends the report on its increments, which costs as much as the pass."""
+    """Where a list, each backward pass appends the report on its increments."""
 
     def current(self) -> tuple[int | None, int]:
         """The iterations at this training step, and the chunk, checked.
@@ -29,6 +30,10 @@ class Scheduled:
         """
         k = self.iterations(self.training_step) if isinstance(self.iterations, Schedule) else self.iterations
         return None if k is None else check_count("iterations", k, 0), check_count("chunk", self.chunk, 1)
+
+    def watch(self) -> Callable[[Report], None] | None:
+        """What takes the reports, where somebody wants them."""
+        return None if self.reports is None else self.reports.append
 
 
 def set_iterations(module: nn.Module, iterations: int | Schedule | None) -> None:

@@ -1,0 +1,233 @@
+"""How far Highway-BP's gradients of a model are from exact, and which damping suits its layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hbp.backends._diagnosis import HEADER, Agreement, Diagnosis, Row
+from hbp.backends.torch.conversion import ConvertedForward
+from hbp.backends.torch.recurrent import GRU, LSTM
+from hbp.backends.torch.sequential import Sequential
+from hbp.backends.torch.stack import Stack
+from hbp.backends.torch.training import scheduled
+from hbp.core.backend import check_count
+from hbp.core.increments import Report
+
+REPEATS = 2
+
+
+def diagnose(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    batch: Any,
+    *,
+    iterations: Sequence[int] = (0, 1, 2, 3, 5, 8),
+    chunks: Sequence[int] = (1,),
+    target: float = 0.05,
+    plot: str | Path | None = None,
+) -> Diagnosis:
+    """Compare Highway-BP's gradient of one batch with the exact one, for several k and chunks.
+
+    All of the model's layers of this library and converted stacks take each setting in turn. Options, gradients,
+    random state and buffers are afterwards what they were. Rows are printed as they come.
+
+    Args:
+        model: a module with layers of this library or converted ones.
+        loss_fn: ``loss_fn(model, batch)``, a scalar tensor.
+        batch: what it takes.
+        iterations, chunks: the settings to try.
+        target: the relative error of the parameters' gradient that is good enough.
+        plot: a file for a picture.
+
+    Returns:
+        The figures: ``rows``, ``recommended`` (a row, or None), ``advice``.
+
+    Raises:
+        ValueError: no such layers, no parameters that need gradients, a loss that is no finite scalar, or counts that
+            are none.
+
+    >>> import hbp.backends.torch as hb
+    >>> model = hb.Sequential(*(hb.Residual(nn.Linear(4, 4)) for _ in range(3)))
+    >>> found = diagnose(model, lambda model, x: model(x).square().mean(), torch.randn(8, 4), iterations=(0, 3))
+    ... # doctest: +ELLIPSIS
+       k  chunk     error   cosine ...
+    >>> round(found.rows[1].overall.error, 4), found.recommended.iterations
+    (0.0, 3)
+    """
+    layers = scheduled(model)
+    counts = [check_count("iterations", k, 0) for k in iterations]
+    sizes = [check_count("chunk", chunk, 1) for chunk in chunks]
+    if not counts or not sizes:
+        raise ValueError("give at least one number of iterations and one chunk")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError(f"no parameter of this {type(model).__name__} needs gradients")
+    groups = _grouped(model, parameters)
+
+    def run(k: int | None, chunk: int) -> tuple[dict[str, Tensor], float, dict[str, Report]]:
+        for part in layers.values():
+            part.iterations, part.chunk, part.reports = k, chunk, []
+        seconds, found = _gradients(model, loss_fn, batch, parameters)
+        reports = {name: max(p.reports, key=_growth) for name, p in layers.items() if p.reports}
+        return found, seconds, reports
+
+    rows = []
+    with _undisturbed(model, layers.values()):
+        exact, exact_seconds, _ = run(None, 1)
+        print(HEADER)
+        for chunk in sizes:
+            for k in counts:
+                found, seconds, reports = run(k, chunk)
+                squares = {name: _squares(found[name], exact[name]) for name in parameters}
+                by_layer = {group: _summed(squares[name] for name in names) for group, names in groups.items()}
+                overall = _summed(squares.values())
+                rows.append(Row(k, chunk, overall, by_layer, reports, seconds))
+                print(rows[-1])
+    diagnosis = Diagnosis(tuple(rows), exact_seconds, target)
+    print(diagnosis.advice)
+    if plot is not None:
+        diagnosis.plot(plot)
+    return diagnosis
+
+
+def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: bool = False) -> list[float]:
+    """Estimate each layer's damping gamma, which brings the residual map (1 - gamma) R nearest to its Jacobian.
+
+    The least-squares choice is 1 - gamma = <R, J> / <R, R>, whose inner products of matrices are estimated by pulling
+    random signs back (Hutchinson). For R = I that is gamma = -tr(B) / d with the block B = J - I.
+
+    Args:
+        stack: a `Sequential`, or a module with one converted stack; its residual maps count undamped.
+        batch: the module's input: a tensor, or a tuple or mapping of arguments.
+        samples: random vectors per layer.
+        assign: set the stack's ``damping`` to the result.
+
+    Returns:
+        gamma of each layer.
+
+    Raises:
+        ValueError: no stack, or several; nothing that needs gradients.
+    """
+    check_count("samples", samples, 1)
+    found = [layers for layers in scheduled(stack).values() if isinstance(layers, Stack)]
+    if len(found) != 1:
+        raise ValueError(f"this {type(stack).__name__} has {len(found)} stacks; give a module with one")
+    (layers,) = found
+    with _undisturbed(stack, [layers]), torch.enable_grad():
+        layers.iterations, layers.chunk, layers.calls = 0, 1, []
+        if isinstance(batch, Mapping):
+            stack(**batch)
+        else:
+            stack(*batch) if isinstance(batch, tuple | list) else stack(batch)
+        calls = layers.calls
+        if not calls:
+            raise ValueError("no layer of the stack ran with gradients; let a parameter or the input need them")
+        first = calls[0].start
+        residual = layers.residual_maps([call.residual_map for call in calls], first, damped=False)
+        generator = torch.Generator(first.device).manual_seed(0)
+        gammas = []
+        for i, call in enumerate(calls):
+            inner = size = 0.0
+            for _ in range(samples):
+                signs = torch.randint(0, 2, first.shape, generator=generator, device=first.device)
+                v = (2 * signs - 1).to(first.dtype)
+                along = residual[i].T.mv(v)
+                options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+                (pulled,) = torch.autograd.grad(call.ends[0], call.start, v, **options)
+                inner += float((along * pulled).sum())
+                size += float(along.square().sum())
+            gammas.append(1 - inner / size if size else 0.0)
+    if assign:
+        layers.damping = gammas
+    return gammas
+
+
+def _gradients(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: Any, parameters: dict[str, Tensor]
+) -> tuple[float, dict[str, Tensor]]:
+    """The duration, the best of several, and the gradients by the parameters' names."""
+    best = float("inf")
+    for _ in range(REPEATS):
+        with _restored(model), torch.enable_grad():
+            start = time.perf_counter()
+            loss = loss_fn(model, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise ValueError(
+                    f"loss_fn returned a {type(loss).__name__}; give a function of (model, batch) -> scalar"
+                )
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss is {loss.item()}; a diagnosis needs a finite one")
+            options = {"allow_unused": True, "materialize_grads": True}
+            found = torch.autograd.grad(loss, list(parameters.values()), **options)
+            float(found[0].sum())  # waits for the device
+            best = min(best, time.perf_counter() - start)
+    return best, dict(zip(parameters, found, strict=True))
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, layers: Any) -> Iterator[None]:
+    """Put the options of layers, the random state and the model's buffers back at the end."""
+    before = [(part, dict(vars(part))) for part in layers]
+    try:
+        for part in layers:
+            if isinstance(part, Stack):
+                part.tolerance = None
+        with _restored(model):
+            yield
+    finally:
+        for part, options in before:
+            for name in ("iterations", "chunk", "reports", "tolerance", "calls", "path"):
+                if name in options:
+                    setattr(part, name, options[name])
+                else:
+                    vars(part).pop(name, None)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put the random state and the model's buffers back at the end."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+
+
+def _grouped(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The parameters' names by the layer they belong to, those outside of all layers under "rest"."""
+    names = []
+    for name, part in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(part, Sequential):
+            names += [prefix + child for child, _ in part.named_children()]
+        elif isinstance(part, GRU | LSTM) or isinstance(part.__dict__.get("forward"), ConvertedForward):
+            names.append(name)
+    groups: dict[str, list[str]] = {}
+    for parameter in parameters:
+        owners = [name for name in names if not name or parameter.startswith(f"{name}.")]
+        groups.setdefault(max(owners, key=len, default="rest"), []).append(parameter)
+    return groups
+
+
+def _squares(found: Tensor, exact: Tensor) -> tuple[float, ...]:
+    a, b = found.double(), exact.double()
+    return tuple(map(float, ((a - b).square().sum(), b.square().sum(), a.square().sum(), (a * b).sum())))
+
+
+def _summed(squares: Any) -> Agreement:
+    return Agreement.of([sum(column) for column in zip(*squares, strict=True)])
+
+
+def _growth(report: Report) -> float:
+    return report.increments[-1] / report.sizes[-1] if report.sizes[-1] else 0.0
