@@ -19,7 +19,6 @@ hb: Any = pytest.importorskip("hbp.backends.torch")
 
 KINDS = ("GRU", "LSTM")
 T, B, I, H = 9, 4, 3, 5  # noqa: E741
-MINUTE = timedelta(minutes=1)
 LENGTHS = torch.tensor([3, 9, 1, 5])
 
 
@@ -293,7 +292,7 @@ def _replica(rank: int, folder: str) -> None:
     """One of two processes, each with half of a batch."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2, timeout=MINUTE
+        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2, timeout=timedelta(minutes=1)
     )
     torch.manual_seed(0)
     stack = [hb.Residual(torch.nn.Linear(H, H)) for _ in range(3)]
