@@ -36,7 +36,7 @@ def compare(kind: str, size: tuple[int, int, int], runs: int) -> tuple[float, fl
     for layer in layers.values():
         layer.load_state_dict(vendor.state_dict())
     x = torch.randn(steps, batch, hidden)
-    exact, found = step(vendor, x)[1], step(layers["k = 3"], x)[1]
+    exact, found = step(vendor, x)[1].double(), step(layers["k = 3"], x)[1].double()
     error, cosine = (found - exact).norm() / exact.norm(), torch.cosine_similarity(found, exact, 0)
     step(layers["exact"], x)
     times: dict[str, list[float]] = {name: [] for name in layers}

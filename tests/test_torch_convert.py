@@ -7,6 +7,7 @@ import gc
 import logging
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ import hbp
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
 nn = torch.nn
+prune: Any = pytest.importorskip("torch.nn.utils.prune")
 
 D, L = 4, 5
 
@@ -206,9 +208,9 @@ def test_a_second_backward_and_a_loss_on_inner_tensors_are_refused():
         loss.backward()
     inside: list[Any] = []
     model.layers[1].linear.register_forward_hook(lambda *given: inside.append(given[2]))
-    with pytest.raises(RuntimeError, match="a tensor from inside a layer"):
+    with pytest.raises(RuntimeError, match="a tensor made inside"):
         (model(torch.randn(3, 3)) + inside[0].sum()).backward()
-    with pytest.raises(RuntimeError, match="no second derivatives; set iterations=None"):
+    with pytest.raises(RuntimeError, match=r"no second derivatives by .*; set iterations=None"):
         torch.autograd.grad(model(torch.randn(3, 3)), model.embed.weight, create_graph=True)
 
 
@@ -253,7 +255,8 @@ class Cache:
 
 class Cached(Layer):
     def forward(self, x: Any, cache: Any = None) -> Any:
-        keys = self.linear(self.norm(x))
+        earlier = cache.layers[0]["keys"] if cache is not None and len(cache.layers) > 2 else 0
+        keys = self.linear(self.norm(x)) + earlier
         if cache is not None:
             cache.layers.append({"keys": keys})
         return x + keys
@@ -267,8 +270,166 @@ def test_caches():
     assert len(cache.layers) == 3
     x.sum().backward()
     assert len(cache.layers) == 3
-    with pytest.raises(RuntimeError, match="a cache given to the layers holds tensors that need gradients"):
+    with pytest.raises(RuntimeError, match="that needs gradients and is neither its parameter nor"):
         stack[0](torch.randn(2, D), cache)
+
+
+class Odd(Layer):
+    """A layer that does one of the things that would lose a gradient, or a write."""
+
+    def __init__(self, way: str, shared: Any = None) -> None:
+        super().__init__()
+        self.way, self.held = way, [shared]
+
+    def forward(self, x: Any, given: Any = None) -> Any:
+        inner = torch.tanh(self.linear(self.norm(x)))
+        if self.way == "holds":
+            inner = inner * self.held[0]
+        if self.way == "opaque":
+            inner = inner * given.value
+        if self.way == "counts":
+            given["n"] = given.get("n", 0) + 1
+            inner = inner * given["n"]
+        if self.way == "in place":
+            x.add_(1)
+        if self.way == "attribute":
+            self.penalty = self.linear.weight.square().sum()
+        return x + inner
+
+
+def run(layers: Any, *given: Any) -> Any:
+    torch.manual_seed(1)
+    x = torch.randn(2, D)
+    for layer in layers:
+        x = layer(x, *given)
+    return x
+
+
+class Opaque:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    ("way", "given", "message"),
+    [
+        ("holds", None, "reads a tensor of shape .* that needs gradients and is neither its parameter nor"),
+        ("opaque", Opaque(torch.ones(D, requires_grad=True)), "its gradient would be lost"),
+        ("counts", {"a": torch.ones(D, requires_grad=True)}, "wrote into a dict given to it"),
+        ("in place", None, "layer 0, a Odd, writes into its input"),
+    ],
+)
+def test_what_would_lose_a_gradient_or_a_write_is_refused(way, given, message):
+    shared = nn.Parameter(torch.ones(D))
+    layers = hb.convert(nn.ModuleList([Odd(way, shared) for _ in range(3)]), 1)
+    with pytest.raises(RuntimeError, match=message):
+        run(layers, given)
+
+
+def test_what_layers_write_into_plain_containers_is_seen():
+    layers = nn.ModuleList([Odd("counts") for _ in range(3)])
+    expected, converted = run(layers, counter := {}), hb.convert(layers, 1)
+    again: dict[str, int] = {}
+    assert torch.equal(run(converted, again), expected)
+    assert again == counter == {"n": 3}
+
+
+def test_weights_computed_by_a_hook_are_refused():
+    layers = nn.ModuleList([nn.Linear(D, D) for _ in range(3)])
+    for layer in layers:
+        prune.random_unstructured(layer, "weight", 0.3)
+    with pytest.raises(RuntimeError, match="weights computed by a hook"):
+        run(hb.convert(layers, 1))
+
+
+def test_a_penalty_on_an_attribute_is_refused():
+    layers = hb.convert(nn.ModuleList([Odd("attribute") for _ in range(3)]), 1)
+    with pytest.raises(RuntimeError, match="a tensor made inside"):
+        (run(layers).sum() + layers[1].penalty).backward()
+
+
+def test_a_backward_pass_that_stops_halfway_leaves_nothing():
+    torch.manual_seed(0)
+    layers = nn.ModuleList([Layer() for _ in range(L)]).double()
+    x = torch.randn(2, D, dtype=torch.float64, requires_grad=True)
+
+    def states() -> Any:
+        found = [x]
+        for layer in layers:
+            found.append(layer(found[-1]))
+        return found
+
+    expected = torch.autograd.grad(states()[2].cos().sum(), x)
+    hb.convert(layers, iterations=L)
+    found = states()
+    torch.autograd.grad(found[-1].sin().sum(), found[4], retain_graph=True, allow_unused=True)
+    close({"x": torch.autograd.grad(found[2].cos().sum(), x)[0]}, {"x": expected[0]})
+
+
+def test_damping_belongs_to_the_layers_wherever_a_run_begins_or_ends():
+    gammas = [0.1, 0.2, 0.3, 0.4, 0.5]
+    torch.manual_seed(0)
+    model = hb.convert(Model().double(), 1, damping=gammas)
+    found = gradients(model, "slice")
+    hb.revert(model)
+    model.layers[1:].requires_grad_(True)
+    twin = hb.Sequential(*model.layers[1:], iterations=1, damping=gammas[1:])
+    x = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(3, 2, 3)
+    model.zero_grad()
+    model.head(twin(model.embed(x))).square().sum().backward()
+    close({"w": found["embed.weight"]}, {"w": model.embed.weight.grad})
+    gradients(hb.convert(model, 1, damping=gammas), "early exit")
+
+
+def test_autocast_holds_in_the_backward_too():
+    torch.manual_seed(0)
+    model = hb.Sequential(*(hb.Residual(nn.Linear(D, D)) for _ in range(3)), iterations=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.randn(2, D)).square().sum()
+    loss.backward()
+    assert model.path == "stacked"
+
+
+def test_running_all_at_once_leaves_the_layers_as_they_were():
+    model = hb.Sequential(*(hb.PostNorm(nn.Linear(D, D), nn.LayerNorm(D)) for _ in range(3)), iterations=1)
+    model(torch.randn(2, D)).sum().backward()
+    assert model.path == "stacked"
+    copy.deepcopy(model)
+    model[0].block.register_forward_hook(lambda *_: None)
+    model(torch.randn(2, D)).sum().backward()
+    assert "hooks inside" in model.path
+
+
+def test_layers_with_unequal_settings_or_written_weights_are_not_stacked():
+    class Flagged(nn.Linear):
+        flags: Any = ()
+
+        def forward(self, x: Any) -> Any:
+            return x + super().forward(x.detach() if self.flags else x)
+
+    model = hb.Sequential(*(Flagged(D, D) for _ in range(3)), iterations=1)
+    model[0].flags, model[1].flags, model[2].flags = [], [1], []
+    model(torch.randn(2, D)).sum().backward()
+    assert "different settings" in model.path
+    model = hb.Sequential(*(nn.Linear(D, D) for _ in range(3)), iterations=1)
+    loss = model(torch.randn(2, D, requires_grad=True)).sum()
+    with torch.no_grad():
+        model[1].weight.mul_(1.00001)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_threads():
+    torch.manual_seed(0)
+    model = hb.convert(Model().double(), 2)
+    before = list(model.parameters())
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: model(torch.ones(2, 3, dtype=torch.float64)).backward(), range(40)))
+    total = model.head.weight.grad.clone()
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    model.zero_grad()
+    model(torch.ones(2, 3, dtype=torch.float64)).backward()
+    torch.testing.assert_close(total, 40 * model.head.weight.grad)
 
 
 class Sparse(nn.Module):
@@ -311,7 +472,7 @@ class Sparse(nn.Module):
         (
             lambda: hb.convert(Model(), 1, damping=[0.1])(torch.ones(2, 3)).backward(),
             ValueError,
-            "damping has 1 entries and the stack ran 5 layers",
+            "damping has 1 entries and the stack 5 layers",
         ),
     ],
 )

@@ -42,6 +42,12 @@ class Minimal(torch.nn.Module):
         return torch.sigmoid(gate), update
 
 
+class Cast(Minimal):
+    def forward(self, h: Any, x: Any) -> Any:
+        gate, update = super().forward(h, x)
+        return gate.to(h.dtype), update.to(h.dtype)
+
+
 def problem(cell: Any) -> tuple[Any, Any, list[Any]]:
     torch.manual_seed(4)
     h0 = torch.randn(B, H, dtype=torch.float64, requires_grad=True)
@@ -144,6 +150,26 @@ def test_bad_input():
         hb.scan(cell, h0, xs, iterations=-1)
     with pytest.raises(TypeError, match=r"chunk=1.5 is a float"):
         hb.scan(cell, h0, xs, iterations=1, chunk=1.5)
+
+
+def test_a_cell_that_is_a_function_reaches_its_weights_or_is_refused():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(I, H)
+
+    def cell(h: Any, x: Any) -> Any:
+        return torch.sigmoid(linear(x)), torch.tanh(linear(x) + h)
+
+    given = torch.zeros(B, H), torch.randn(T, B, I)
+    hb.scan(cell, *given)[0].sum().backward()
+    assert linear.weight.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="needs gradients and is no parameter of it"):
+        hb.scan(cell, *given, iterations=2)
+    h, _ = hb.scan(GRUCell(), torch.zeros(B, H).double(), torch.randn(T, B, I).double(), iterations=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        under, _ = hb.scan(Cast().float(), torch.zeros(B, H), torch.randn(T, B, I), iterations=2)
+    under.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        h.sum().backward(create_graph=True)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 100, 257])

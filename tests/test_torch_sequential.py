@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from functools import partial
 from typing import Any
 
@@ -146,7 +147,7 @@ class Choosing(nn.Linear):
         (lambda: [nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D)) for _ in range(2)], "the layers have buffers"),
         (lambda: [nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5)) for _ in range(2)], "the layers are random"),
         (lambda: [Choosing(D, D) for _ in range(2)], "torch.vmap says"),
-        (lambda: [Scaled(0.5), Scaled(0.25)], "they hold something else than parameters"),
+        (lambda: [Scaled(0.5), Scaled(0.25)], "different settings|they hold more than parameters"),
     ],
 )
 def test_layers_that_cannot_be_pulled_back_all_at_once(layers, reason):
@@ -155,9 +156,9 @@ def test_layers_that_cannot_be_pulled_back_all_at_once(layers, reason):
     x = torch.randn(3, D, requires_grad=True)
     model(x).sum().backward()
     assert model.path.startswith("loop: ")
-    assert reason in model.path
+    assert re.search(reason, model.path)
     model.stacked = True
-    with pytest.raises(RuntimeError, match=f"stacked=True, but .*{reason}"):
+    with pytest.raises(RuntimeError, match=f"stacked=True, but .*({reason})"):
         model(x).sum().backward()
 
 

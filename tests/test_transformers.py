@@ -99,7 +99,7 @@ def test_attentions_have_their_values_and_are_refused_in_a_loss(name):
     found = hb.convert(model, iterations=L)(**given, output_attentions=True)
     for one, reference in zip(found.attentions, expected, strict=True):
         assert torch.equal(one, reference)
-    with pytest.raises(RuntimeError, match="a tensor from inside a layer"):
+    with pytest.raises(RuntimeError, match="a tensor made inside"):
         (found.loss + found.attentions[1].square().sum()).backward()
 
 
@@ -113,6 +113,22 @@ def test_cross_attention_reaches_the_encoder_states():
     hb.convert(model, iterations=L)
     (found,) = torch.autograd.grad(model(**given).loss, states)
     assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def test_t5_whose_first_layer_makes_a_bias_for_the_others():
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=L, num_heads=2, dropout_rate=0.0, pad_token_id=0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, given = transformers.T5ForConditionalGeneration(config).double(), batch("gpt2")
+    _, expected = gradients(model, given)
+    hb.convert(model, iterations=L, stacks=["encoder.block", "decoder.block"])
+    with pytest.warns(UserWarning, match="a new run of Highway-BP begins there") as caught:
+        _, found = gradients(model, given)
+    assert len(caught) == 2  # one in each stack
+    largest = max(g.abs().max() for g in expected.values())
+    assert all((found[key] - g).abs().max() <= 1e-9 * largest for key, g in expected.items())
 
 
 def test_gradient_checkpointing_is_refused():

@@ -130,7 +130,7 @@ def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: 
         if not calls:
             raise ValueError("no layer of the stack ran with gradients; let a parameter or the input need them")
         first = calls[0].start
-        residual = layers.residual_maps([call.residual_map for call in calls], first, damped=False)
+        residual = layers.residual_maps([call.layer for call in calls], first, damped=False)
         generator = torch.Generator(first.device).manual_seed(0)
         gammas = []
         for i, call in enumerate(calls):

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from hbp.backends.torch.inspection import SWAPPING, autocast_of, foreign_leaf, refuse_second_derivatives
 from hbp.backends.torch.operations import TorchBackend
 from hbp.core.adjoint import highway
 from hbp.core.backend import Backend, check_count
@@ -27,7 +27,8 @@ def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, c
 
     The residual path is diag(gate), the block whatever h[t-1] does by way of gate and update. The forward builds no
     graph; the backward calls the cell again, once on all steps, so a cell must treat leading axes as a batch, and
-    hold no randomness and no state. Parameters get gradients where the cell is a `torch.nn.Module`.
+    hold no randomness and no state. Parameters get gradients where the cell is a `torch.nn.Module`; with None, whatever
+    torch's own graph reaches does.
 
     Args:
         cell: (B, H), (B, ...) -> two tensors (B, H), and likewise with further leading axes.
@@ -56,14 +57,16 @@ def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, c
     if not len(xs):
         raise ValueError(f"xs has shape {tuple(xs.shape)}; expected (T, B, ...) with at least one step")
     parameters = dict(cell.named_parameters()) if isinstance(cell, torch.nn.Module) else {}
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (h0, xs, *parameters.values()))
-    with torch.set_grad_enabled(tracked and k is None):
+    tracked = torch.is_grad_enabled() and k is not None
+    if tracked:
+        tracked = _needs_gradients(cell, h0, xs, list(parameters.values()))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and k is None):
         states = [h0]
         for x in xs.unbind(0):  # indexing a tensor that needs gradients costs the whole sequence at every step
             gate, update = _checked(cell(states[-1], x), states[-1])
             states.append(gate * states[-1] + update)
         h = torch.stack(states[1:])
-    if tracked and k is not None:
+    if tracked:
         h = _GatedScan.apply(cell, k, chunk, tuple(parameters), h0, xs, h, *parameters.values())
     return h, h[-1]
 
@@ -80,8 +83,24 @@ def _checked(pair: Any, h: Tensor) -> tuple[Tensor, Tensor]:
     return pair
 
 
-def _check_alike(again: Tensor, h: Tensor) -> None:
-    tolerance = torch.finfo(h.dtype).eps ** 0.5
+def _needs_gradients(cell: Cell, h0: Tensor, xs: Tensor, parameters: list[torch.nn.Parameter]) -> bool:
+    """Whether anything a scan depends on needs gradients, tried on its first step.
+
+    Raises:
+        ValueError: something that is no argument and no parameter of the cell does; its gradient would be lost.
+    """
+    h, x = h0.detach().requires_grad_(), xs[0].detach().requires_grad_(xs.requires_grad)
+    foreign = foreign_leaf(_checked(cell(h, x), h), [h, x, *parameters])
+    if foreign is not None:
+        raise ValueError(
+            f"the cell reads a tensor of shape {tuple(foreign.shape)} that needs gradients and is no parameter of it; "
+            "give a torch.nn.Module with it as a parameter, or iterations=None"
+        )
+    return any(tensor.requires_grad for tensor in (h0, xs, *parameters))
+
+
+def _check_alike(again: Tensor, h: Tensor, precision: torch.dtype) -> None:
+    tolerance = torch.finfo(precision).eps ** 0.5
     if not torch.allclose(again, h, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise RuntimeError(
             "the cell gives other states for all steps at once than it gave one by one; it must treat leading axes as "
@@ -142,23 +161,27 @@ class _GatedScan(torch.autograd.Function):
         ctx: Any, cell: Cell, iterations: int, chunk: int, names: tuple[str, ...], h0: Tensor, xs: Tensor,
         h: Tensor, *parameters: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.options = (cell, iterations, chunk, names)
+        ctx.options = (cell, iterations, chunk, names, *autocast_of(h))
         ctx.save_for_backward(h0, xs, h, *parameters)
         return h
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
-        cell, iterations, chunk, names = ctx.options
+        refuse_second_derivatives("iterations=None")
+        cell, iterations, chunk, names, autocast, precision = ctx.options
         h0, xs, h, *given = ctx.saved_tensors
         # Copies as leaves: hooks on the parameters see the final gradient only, once.
         parameters = [p.detach().requires_grad_(p.requires_grad) for p in given]
         x = xs.detach().requires_grad_(xs.requires_grad)
         copies = dict(zip(names, parameters, strict=True))
-        call = (lambda h, x: torch.func.functional_call(cell, copies, (h, x))) if copies else cell
+
+        def call(h: Tensor, x: Tensor) -> Any:
+            with SWAPPING, autocast():
+                return torch.func.functional_call(cell, copies, (h, x)) if copies else cell(h, x)
+
         blocks = CellBlocks(call, torch.cat([h0[None], h[:-1]]), x)
         before, gate, update = (part.detach() for part in blocks.graph)
-        _check_alike(gate * before + update, h)
+        _check_alike(gate * before + update, h, precision)
         chain = LinearizedChain(blocks, Diagonal(gate))
         sources = torch.cat([torch.zeros_like(dh[:1]), dh[:-1]])
         g = highway(chain, dh[-1], iterations, sources=sources, chunk=chunk, backend=BACKEND)

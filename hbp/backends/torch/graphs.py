@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hbp.backends.torch.inspection import SWAPPING
 from hbp.core.backend import Backend
 from hbp.core.operator import LinearOperator
 
@@ -21,18 +23,36 @@ STACKED_STATE = 50_000
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """One layer's call: its own graph from ``start`` to ``ends``, the first of which is the next state."""
+class Layer:
+    """A layer as it was called."""
 
+    module: nn.Module
     target: nn.Module
     """What was called, with ``parameters`` in place of its own: the layer, or a module that has it inside."""
     parameters: dict[str, Tensor]
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     residual_map: LinearOperator
+    autocast: Callable[[], AbstractContextManager[Any]]
+    precision: torch.dtype
+    """That of its arithmetic."""
+    version: int
+    """Of all its parameters together, to notice writes between forward and backward."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A layer's call: its own graph from ``start`` to ``ends``, the first of which is the next state."""
+
+    layer: Layer
     start: Tensor
     ends: tuple[Tensor, ...]
     cotangents: tuple[Tensor | None, ...] = ()
     """Of the ends, where a backward pass has brought them."""
+
+
+def version(parameters: dict[str, Tensor]) -> int:
+    """A number that grows with every write into one of these tensors."""
+    return sum(p._version for p in parameters.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +75,7 @@ class LayerGraphs:
 
     def __call__(self, cotangents: Tensor, backend: Backend) -> Tensor:
         # One call on graphs that share nothing but leaves: autograd walks through all of them.
-        pulled = pull(self.ends, self.starts, cotangents.unbind(0))
+        pulled = pull_back(self.ends, self.starts, cotangents.unbind(0))
         return torch.stack([torch.zeros_like(x) if d is None else d for d, x in zip(pulled, self.starts, strict=True)])
 
     def at(self, i: Any, cotangent: Tensor, backend: Backend) -> Tensor:
@@ -63,7 +83,7 @@ class LayerGraphs:
 
     def gradients(self, cotangents: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
         """The cotangents of all ends, (L, ...), pulled back to leaves of the graphs; None where nothing leads."""
-        return pull(self.ends, leaves, cotangents.unbind(0))
+        return pull_back(self.ends, leaves, cotangents.unbind(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +111,7 @@ class StackedGraph:
 
     def __call__(self, cotangents: Tensor, backend: Backend) -> Tensor:
         _, x, y = self.linearized()
-        (pulled,) = pull([y], [x], [cotangents])
+        (pulled,) = pull_back([y], [x], [cotangents])
         return torch.zeros_like(x) if pulled is None else pulled
 
     def at(self, i: Any, cotangent: Tensor, backend: Backend) -> Tensor:
@@ -102,14 +122,14 @@ class StackedGraph:
         parameters, _, y = self.linearized()
         own = {id(leaf): n for n, leaf in enumerate(leaves)}
         everything = [*(p for p in parameters.values() if p.requires_grad), *leaves]
-        found = dict(zip(map(id, everything), pull([y], everything, [cotangents]), strict=True))
+        found = dict(zip(map(id, everything), pull_back([y], everything, [cotangents]), strict=True))
         gradients = [found[id(leaf)] for leaf in leaves]
         for name, stacked in parameters.items():
             rows = found.get(id(stacked))
             if rows is None:
                 continue
             for row, call in zip(rows.unbind(0), (self.calls[i] for i in self._range), strict=True):
-                n = own.get(id(call.parameters[name]))
+                n = own.get(id(call.layer.parameters[name]))
                 if n is not None:
                     gradients[n] = row if gradients[n] is None else gradients[n] + row
         return gradients
@@ -118,57 +138,83 @@ class StackedGraph:
         """The graph of the selected calls: stacked parameters, and states before and after."""
         if self._range not in self.graphs:
             calls = [self.calls[i] for i in self._range]
-            target, (args, kwargs) = calls[0].target, calls[0].arguments
+            first = calls[0].layer
+            args, kwargs = first.arguments
             parameters = {}
-            for name in calls[0].parameters:
-                rows = [call.parameters[name] for call in calls]
+            for name in calls[0].layer.parameters:
+                rows = [call.layer.parameters[name] for call in calls]
                 stacked = torch.stack([row.detach() for row in rows])
                 parameters[name] = stacked.requires_grad_(any(row.requires_grad for row in rows))
             x = torch.stack([call.start.detach() for call in calls]).requires_grad_()
 
             def layer(own: dict[str, Tensor], state: Tensor) -> Tensor:
-                output = torch.func.functional_call(target, own, (state, *args), kwargs)
+                output = torch.func.functional_call(first.target, own, (state, *args), kwargs)
                 return output[0] if isinstance(output, tuple) else output
 
-            with torch.enable_grad():
+            with SWAPPING, _attributes_kept(first.target), first.autocast(), torch.enable_grad():
                 self.graphs[self._range] = parameters, x, torch.vmap(layer)(parameters, x)
         return self.graphs[self._range]
 
 
+@contextmanager
+def _attributes_kept(target: nn.Module) -> Iterator[None]:
+    """Put all attributes of a module and its children back at the end, buffers apart: what runs in vmap stays there."""
+    before = [(module, dict(vars(module))) for module in target.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
 def refusal(calls: Sequence[Call]) -> str | None:
     """Why these calls cannot be pulled back by a `StackedGraph`, or None: they can, unless `torch.vmap` objects."""
-    first = calls[0]
+    first = calls[0].layer
+    modules = list(first.target.modules())
     if len(calls) < 2:
         return "one layer only"
-    if any(_signature(call) != _signature(first) for call in calls):
+    if any(_signature(call.layer) != _signature(first) for call in calls):
         return "the layers differ"
     if any(True for _ in first.target.buffers()):
         return "the layers have buffers"
-    dropouts = (m for m in first.target.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
-    if any(m.p and m.training for m in dropouts):
+    if any(m.p and m.training for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)):
         return "the layers are random"
-    if not all(_same(a.arguments, b.arguments) for a, b in pairwise(calls)):
+    if any(m._forward_hooks or m._forward_pre_hooks for m in modules if m is not first.module):
+        return "there are hooks inside the layers"
+    if not all(_same(a.layer.arguments, b.layer.arguments) for a, b in pairwise(calls)):
         return "the layers take different or opaque arguments"
     return None
 
 
 def promising(calls: Sequence[Call]) -> bool:
     """Whether a `StackedGraph` is worth trying: the layers' settings agree, and at their size it was faster."""
-    parameters = sum(p.numel() for p in calls[0].parameters.values())
-    if parameters > STACKED_PARAMETERS or calls[0].start.numel() > STACKED_STATE:
+    first = calls[0].layer
+    if sum(p.numel() for p in first.parameters.values()) > STACKED_PARAMETERS:
         return False
-    settings = [_settings(call.target) for call in calls]
-    return all(other == settings[0] for other in settings)
+    if calls[0].start.numel() > STACKED_STATE:
+        return False
+    return all(_alike(first.target, call.layer.target) for call in calls[1:])
 
 
-def _signature(call: Call) -> Any:
-    return type(call.target), [(name, p.shape, p.dtype) for name, p in call.parameters.items()]
+def _signature(layer: Layer) -> Any:
+    shapes = [(name, p.shape, p.dtype) for name, p in layer.parameters.items()]
+    return [type(module) for module in layer.target.modules()], shapes
 
 
-def _settings(target: nn.Module) -> list[Any]:
-    """The plain values among the attributes of all modules inside."""
+def _alike(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules of one structure hold equal values, or the same objects, in all their attributes."""
     plain = (bool, int, float, str, tuple, type(None))
-    return [(type(m), {k: v for k, v in vars(m).items() if isinstance(v, plain)}) for m in target.modules()]
+    own = vars(nn.Module()).keys() | {"forward"}
+    for one, other in zip(a.modules(), b.modules(), strict=True):
+        left, right = ({k: v for k, v in vars(m).items() if k not in own} for m in (one, other))
+        if left.keys() != right.keys():
+            return False
+        for key, value in left.items():
+            same = isinstance(value, plain) and type(value) is type(right[key]) and value == right[key]
+            if not same and value is not right[key]:
+                return False
+    return all(one.training == other.training for one, other in zip(a.modules(), b.modules(), strict=True))
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -180,6 +226,6 @@ def _same(a: Any, b: Any) -> bool:
     return a is b if isinstance(a, Tensor) else isinstance(a, bool | int | float | str | None) and bool(a == b)
 
 
-def pull(ends: Sequence[Tensor], starts: Sequence[Tensor], cotangents: Iterable[Tensor]) -> list[Tensor | None]:
+def pull_back(ends: Sequence[Tensor], starts: Sequence[Tensor], cotangents: Iterable[Tensor]) -> list[Tensor | None]:
     """Cotangents of some tensors pulled back to others, None where nothing leads there; the graph stays."""
     return list(torch.autograd.grad(ends, starts, list(cotangents), retain_graph=True, allow_unused=True))

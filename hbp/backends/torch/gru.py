@@ -18,7 +18,7 @@ BLOCK = 2_000_000
 """Numbers in the largest array of a block; beyond some 10 MB fresh memory costs more than the arithmetic in it."""
 
 
-def pull(
+def gru_pullback(
     params: GRUParameters, x: Tensor, h0: Tensor, h: Tensor, dh: Tensor, iterations: int | None, with_inputs: bool
 ) -> tuple[GRUParameters, Tensor | None, Tensor]:
     """What ``GRUPullback(params, x, h0, h, backend)(dh, iterations)`` returns, the inputs' gradient where wanted."""
@@ -46,7 +46,7 @@ def _exact(chain: LinearizedChain, dh: Tensor, carry: Tensor) -> Tensor:
     g[-1] += carry
     states, spread, gates = g.unbind(0), g[:, :, None].unbind(0), gains.unbind(0)
     product = torch.empty_like(gates[0])
-    rows = product.view(len(product), -1)
+    rows = product.flatten(1)
     for t, path in reversed(list(enumerate(z.unbind(0)))):
         torch.mul(gates[t], spread[t + 1], out=product)
         states[t].addcmul_(path, states[t + 1]).addmm_(rows, weight)
@@ -66,7 +66,7 @@ def _highway(chains: list[LinearizedChain], dh: Tensor, iterations: int) -> Tens
             a = b - len(chain)
             if k:
                 rows = (chain.pullbacks.gains * old[a + 1 : b + 1, :, None]).flatten(0, 1).flatten(1)
-                new[a:b].view(len(rows), -1).addmm_(rows, chain.pullbacks.weight)
+                new[a:b].view(len(rows), new.shape[-1]).addmm_(rows, chain.pullbacks.weight)
             suffix_scan_(chain.residual.arrays[0], new[a : b + 1])
             b = a
     return new

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from hbp.backends.torch.gru import pull as pull_gru
+from hbp.backends.torch.gru import gru_pullback
+from hbp.backends.torch.inspection import refuse_second_derivatives
 from hbp.backends.torch.operations import TorchBackend
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 from hbp.core.increments import Report
@@ -44,9 +44,9 @@ class RecurrentLayer(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, *dfinals: Tensor) -> tuple[Any, ...]:
         """The gradients of x, of the initial states and of the weights."""
+        refuse_second_derivatives('iterations=None, exact="library"')
         batch_sizes, x, y, *rest = ctx.saved_tensors
         wide = torch.promote_types(y.dtype, rest[-1].dtype)  # autocast: the weights may be wider than the states
         given = (x, *rest)
@@ -102,7 +102,7 @@ def _pull(
         return [d for d in dlstm if d is not None], dx, initial
     plain = options.chunk == 1 and options.residual is None and options.watch is None and h.device.type == "cpu"
     if plain or options.iterations is None:
-        dgru, dx, dh0 = pull_gru(
+        dgru, dx, dh0 = gru_pullback(
             GRUParameters(*weights), x, states[0], h, cotangents[0], options.iterations, with_inputs
         )
     else:

@@ -77,8 +77,8 @@ def suffix_scan_(values: Tensor, g: Tensor) -> None:
     # what enters each piece at its end, times the product of the values from there on.
     cut = length - length % size
     suffix_scan_(values[cut:], g[cut:])
-    products = values[:cut].reshape(-1, size, *values.shape[1:]).transpose(0, 1).clone().contiguous()
-    pieces = g[:cut].view(-1, size, *g.shape[1:]).transpose(0, 1)
+    products = values[:cut].reshape(cut // size, size, *values.shape[1:]).transpose(0, 1).clone().contiguous()
+    pieces = g[:cut].view(cut // size, size, *g.shape[1:]).transpose(0, 1)
     rows, factors = pieces.unbind(0), products.unbind(0)
     for i in range(size - 2, -1, -1):
         rows[i].addcmul_(factors[i], rows[i + 1])

@@ -91,6 +91,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:  # noqa: A002 - the vendor's name
         options = self.options()
+        self._update_flat_weights()  # as torch's forward does: others may have put new tensors in place of the weights
         data = input.data if isinstance(input, PackedSequence) else input
         given = () if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *given, *self._flat_weights))

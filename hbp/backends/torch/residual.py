@@ -62,7 +62,7 @@ class PostNorm(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         total = x + self.block(x, *args, **kwargs)
-        self._sum = total.detach()
+        self._sum = total.detach() if torch.is_grad_enabled() else None
         return self.norm(total)
 
     def residual_map(self, x: Tensor, y: Tensor) -> LinearOperator:

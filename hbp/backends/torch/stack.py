@@ -10,8 +10,8 @@ the adjoint equation for all layers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
 from typing import Any
@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbp.backends.torch.graphs import Call, LayerGraphs, StackedGraph, promising, pull, refusal
+from hbp.backends.torch.graphs import Call, Layer, LayerGraphs, StackedGraph, promising, pull_back, refusal, version
+from hbp.backends.torch.inspection import (
+    SWAPPING,
+    Swap,
+    autocast_of,
+    foreign_leaf,
+    refuse_second_derivatives,
+    tensors,
+)
 from hbp.backends.torch.operations import TorchBackend
 from hbp.backends.torch.training import Scheduled
 from hbp.core.adjoint import highway
@@ -43,6 +51,8 @@ class Stack(Scheduled):
     """Whether equal layers are pulled back all at once over stacked parameters; None: where that was faster."""
     path: str = ""
     """How the last backward pass pulled back: "stacked", or "loop" with the reason."""
+    proved: bool = False
+    """Whether the layers were once pulled back all at once without fault."""
     calls: list[Call] | None = None
     """Where a list, each call is appended to it."""
     previous: int = 0
@@ -77,7 +87,7 @@ class Stack(Scheduled):
         k, _ = self.current()
         if (k is None and self.tolerance is None) or not torch.is_grad_enabled():
             return False
-        return any(t.requires_grad for t in _tensors(given)) or bool(self.trainable())
+        return any(t.requires_grad for t in tensors(given)) or bool(self.trainable())
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters of all layers that need gradients."""
@@ -94,15 +104,20 @@ class Stack(Scheduled):
         Returns:
             What the layer returns, its tensors that need gradients tied to the run.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(
+                f"a {type(layer).__name__} got a state that is no real floating point tensor: {type(x).__name__}"
+            )
         node: Any = x.grad_fn if x.output_nr == 0 else None
         run = getattr(node, "run", None)
-        outside = [tensor for tensor in _tensors((args, kwargs)) if tensor.requires_grad]
-        if isinstance(run, Run) and run.stack is self and node.number == len(run.maps) and run.knows(outside):
-            self.previous = id(layer)
-            return run.call(layer, target, x, x, args, kwargs)
-        self._check_order(layer)
-        run = Run.begin(self, outside, (args, kwargs))
-        return run.call(layer, target, x, _Entry.apply(run, x, *run.given), args, kwargs)
+        with SWAPPING:
+            outside = [tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad]
+            if isinstance(run, Run) and run.stack is self and node.number == len(run.layers) and run.knows(outside):
+                self.previous = id(layer)
+                return run.call(layer, target, x, x, args, kwargs)
+            self._check_order(layer)
+            run = Run.begin(self, outside)
+            return run.call(layer, target, x, _Entry.apply(run, x, *run.given), args, kwargs)
 
     def _check_order(self, layer: nn.Module) -> None:
         """Say so where a run begins at a layer that follows on the one called last, so that parallelism is lost."""
@@ -123,32 +138,47 @@ class Stack(Scheduled):
             reason = "too large, or of different settings"
         if reason is None:
             found = StackedGraph(calls)
-            try:
-                with warnings.catch_warnings():
-                    if self.stacked is None:  # an operation that torch.vmap runs in a loop is no gain
-                        warnings.filterwarnings("error", "There is a performance drop")
-                    *_, y = found.linearized()
-            except Exception as error:  # torch.vmap has many ways to say that it cannot
-                reason = f"torch.vmap says: {error}"
-            else:
-                tolerance = torch.finfo(y.dtype).eps ** 0.5
-                if torch.allclose(y, torch.stack([call.ends[0] for call in calls]), tolerance, tolerance, True):
-                    self.path = "stacked"
-                    return found
-                reason = "run all at once they give other states, so they hold something else than parameters"
+            reason = self._try(found, calls)
+            if reason is None:
+                self.path = "stacked"
+                return found
         if self.stacked:
             raise RuntimeError(f"stacked=True, but these layers cannot be pulled back all at once: {reason}")
         self.path = f"loop: {reason}"
         return LayerGraphs.of(calls)
 
-    def residual_maps(self, own: list[LinearOperator], x: Tensor, damped: bool = True) -> LinearOperator:
-        """The stack of residual maps of a run whose layers declare ``own``: replaced, or damped, where so chosen."""
-        maps = own if self.residual is None else [self.residual.bind(len(own), x, BACKEND)[i] for i in range(len(own))]
-        gammas = self.damping if isinstance(self.damping, list | tuple) else [self.damping] * len(own)
-        if len(gammas) != len(own):
-            raise ValueError(f"damping has {len(gammas)} entries and the stack ran {len(own)} layers")
-        maps = [one.scaled(1 - gamma) if gamma and damped else one for one, gamma in zip(maps, gammas, strict=True)]
-        return stacked(maps, x, BACKEND).bind(len(own), x, BACKEND)
+    def _try(self, graph: StackedGraph, calls: Sequence[Call]) -> str | None:
+        """Run a stacked graph, and the first time pull zeros back; what speaks against it, or None."""
+        if any(version(call.layer.parameters) != call.layer.version for call in calls):
+            return "parameters were written between forward and backward"
+        try:
+            with warnings.catch_warnings():
+                if self.stacked is None:  # an operation that torch.vmap runs in a loop is no gain
+                    warnings.filterwarnings("error", "There is a performance drop")
+                *_, y = graph.linearized()
+                if not self.proved:
+                    graph(torch.zeros_like(y), BACKEND)
+        except Exception as error:  # torch.vmap has many ways to say that it cannot
+            return f"torch.vmap says: {error}"
+        tolerance = torch.finfo(calls[0].layer.precision).eps ** 0.5
+        self.proved = torch.allclose(y, torch.stack([call.ends[0] for call in calls]), tolerance, tolerance, True)
+        return None if self.proved else "run all at once they give other states: they hold more than parameters"
+
+    def residual_maps(self, layers: Sequence[Layer], x: Tensor, damped: bool = True) -> LinearOperator:
+        """The stack of residual maps of some of the layers: their own or replaced, and damped, where so chosen."""
+        ids = [id(member) for member in self.members()]
+        whole = len(layers) == len(ids)
+        places = list(range(len(ids))) if whole else [ids.index(id(layer.module)) for layer in layers]
+        maps = [layer.residual_map for layer in layers]
+        if self.residual is not None:
+            bound = self.residual.bind(len(ids), x, BACKEND)
+            maps = [bound[i] for i in places]
+        gammas: Any = self.damping if isinstance(self.damping, list | tuple) else [self.damping] * len(ids)
+        if len(gammas) != len(ids):
+            raise ValueError(f"damping has {len(gammas)} entries and the stack {len(ids)} layers")
+        if damped and self.damping:
+            maps = [one.scaled(1 - gammas[i]) for one, i in zip(maps, places, strict=True)]
+        return stacked(maps, x, BACKEND).bind(len(layers), x, BACKEND)
 
 
 @dataclass(eq=False)
@@ -164,28 +194,23 @@ class Run:
     """What the entry takes beside x: tensors shared by the layers, and parameters."""
     leaves: dict[int, Tensor]
     """Copies of ``given`` in the layers' graphs, by identity: hooks on ``given`` see the final gradient, once."""
-    maps: list[LinearOperator] = field(default_factory=list)
-    """The residual maps the layers declared."""
+    layers: list[nn.Module] = field(default_factory=list)
+    """The layers called so far."""
     calls: dict[int, Call] = field(default_factory=dict)
-    """The calls a backward pass has reached, left by their links for the entry."""
+    """The calls that the backward pass ``task`` has reached, left by their links for the entry."""
+    task: int = -1
 
     @classmethod
-    def begin(cls, stack: Stack, outside: list[Tensor], arguments: Any) -> Run:
-        """A run whose first layer takes these arguments, of which those ``outside`` need gradients."""
-        if any(tensor.requires_grad for tensor in _hidden_tensors(arguments)):
-            raise RuntimeError(
-                "a cache given to the layers holds tensors that need gradients, which would not reach them; call the "
-                "model with use_cache=False, fill the cache under torch.no_grad(), or set iterations=None"
-            )
+    def begin(cls, stack: Stack, outside: list[Tensor]) -> Run:
+        """A run whose first layer takes these tensors that need gradients."""
         k, chunk = stack.current()
-        options = {
-            "iterations": k,
-            "chunk": chunk,
-            "tolerance": check_tolerance(stack.tolerance),
-            "watch": stack.watch(),
-        }
+        tolerance = check_tolerance(stack.tolerance)
+        options = {"iterations": k, "chunk": chunk, "tolerance": tolerance, "watch": stack.watch()}
         given = tuple({id(tensor): tensor for tensor in (*outside, *stack.trainable())}.values())
-        return cls(stack, options, given, {id(tensor): tensor.detach().requires_grad_() for tensor in given})
+        leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in given}
+        for leaf in leaves.values():
+            leaf.register_post_accumulate_grad_hook(_refuse_inner_gradient)
+        return cls(stack, options, given, leaves)
 
     def knows(self, outside: list[Tensor]) -> bool:
         """Whether these tensors entered with the run; only then can they get gradients from it."""
@@ -193,40 +218,57 @@ class Run:
 
     def call(self, layer: nn.Module, target: nn.Module, x: Tensor, carrier: Tensor, args: Any, kwargs: Any) -> Any:
         """Call one layer on the state x, as `Stack.call`; ``carrier`` is the outer tensor its link hangs on."""
-        name = f"layer {len(self.maps)}, a {type(layer).__name__},"
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"{name} got a state that is no real floating point tensor: {type(x).__name__}")
+        name = f"layer {len(self.layers)}, a {type(layer).__name__},"
         prefix = "" if target is layer else "layer."
-        own = {
-            prefix + parameter: self.leaves.get(id(p), p)
-            for parameter, p in layer.named_parameters(remove_duplicate=False)
-        }
-        args, kwargs = _swapped((args, kwargs), self.leaves)
-        with torch.enable_grad():
-            start = x.detach().requires_grad_()
-            output = torch.func.functional_call(target, own, (start, *args), kwargs)
+        named = layer.named_parameters(remove_duplicate=False)
+        own = {prefix + parameter: self.leaves.get(id(p), p) for parameter, p in named}
+        swap = Swap(self.leaves)
+        arguments = swap(args), {key: swap(value) for key, value in kwargs.items()}
+        start = x.detach().requires_grad_()
+        output = _run(name, target, own, start, *arguments)
+        swap.check_unwritten(name)
         outputs = output if isinstance(output, tuple) else (output,)
         if not outputs or not isinstance(outputs[0], Tensor):
             raise TypeError(
                 f"{name} returned a {type(output).__name__}; expected a tensor, or a tuple whose first entry is one"
             )
         y = check_same(f"the output of {name}", outputs[0], x)
-        if not y.requires_grad:  # a layer that reads neither its state nor a parameter
-            with torch.enable_grad():
-                y = torch.where(torch.zeros_like(start, dtype=torch.bool), start, y)
-            outputs = (y, *outputs[1:])
         declared = layer.residual_map(start.detach(), y.detach()) if hasattr(layer, "residual_map") else IDENTITY
-        tied = [i for i, out in enumerate(outputs) if i == 0 or (isinstance(out, Tensor) and out.requires_grad)]
-        call = Call(target, own, (args, kwargs), declared, start, tuple(outputs[i] for i in tied))
-        start.register_post_accumulate_grad_hook(_refuse_inner_gradient)
-        self.maps.append(declared)
-        if self.stack.calls is not None:
-            self.stack.calls.append(call)
-        found = dict(zip(tied, _Link.apply(self, call, carrier), strict=True))
-        handed = tuple(found.get(i, out) for i, out in enumerate(outputs))
+        called = Layer(layer, target, own, arguments, declared, *autocast_of(x), version(own))
+        handed = self._tied(called, carrier, start, (_depending(y, start), *outputs[1:]))
         if not isinstance(output, tuple):
             return handed[0]
         return type(output)(*handed) if hasattr(output, "_fields") else handed
+
+    def _tied(self, layer: Layer, carrier: Tensor, start: Tensor, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A call's results, those that need gradients tied to the run by a new link."""
+        originals = {id(self.leaves[id(tensor)]): tensor for tensor in self.given}
+        handed: list[Any] = [originals.get(id(out), out) for out in outputs]  # an argument handed on
+        places = [i for i, out in enumerate(handed) if i == 0 or (out is outputs[i] and _needs_gradient(out))]
+        call = Call(layer, start, tuple(outputs[i] for i in places))
+        foreign = foreign_leaf(call.ends, [start, *self.leaves.values()])
+        if foreign is not None:
+            raise RuntimeError(
+                f"layer {len(self.layers)}, a {type(layer.module).__name__}, reads a tensor of shape "
+                f"{tuple(foreign.shape)} that needs gradients and is neither its parameter nor a tensor, tuple, list "
+                "or dict given to it (a cache, a closure, an attribute, weights computed by a hook); its gradient "
+                "would be lost: register it or pass it, use use_cache=False, or set iterations=None"
+            )
+        start.register_post_accumulate_grad_hook(_refuse_inner_gradient)
+        self.layers.append(layer.module)
+        if self.stack.calls is not None:
+            self.stack.calls.append(call)
+        for i, tensor in zip(places, _Link.apply(self, call, carrier), strict=True):
+            handed[i] = tensor
+        return tuple(handed)
+
+    def reached(self, number: int, call: Call) -> None:
+        """Take in a call with the cotangents that a backward pass has brought."""
+        task = torch._C._current_graph_task_id()
+        if task != self.task:  # one before that never came to the entry left its calls here
+            self.calls.clear()
+            self.task = task
+        self.calls[number] = call
 
     def gradients(self) -> tuple[Tensor, list[Tensor | None]]:
         """The gradients of the first state and of ``given``, from the cotangents that the links left."""
@@ -238,10 +280,10 @@ class Run:
         others = [(end, cotangent) for end, cotangent in others if cotangent is not None]
         if others:  # further results of layers were used: cotangents of their states and leaves, known beforehand
             ends, cotangents = zip(*others, strict=True)
-            pulled = pull(ends, [*(call.start for call in calls), *leaves], cotangents)
+            pulled = pull_back(ends, [*(call.start for call in calls), *leaves], cotangents)
             entering = [c if more is None else c + more for c, more in zip(entering, pulled, strict=False)]
         sources = torch.stack(entering) if others or any(c is not None for c in arrived[:-1]) else None
-        residual = self.stack.residual_maps(self.maps[: len(calls)], first)
+        residual = self.stack.residual_maps([call.layer for call in calls], first)
         graphs = self.stack.graphs(calls)
         chain = LayerChain(graphs, residual, (tuple(first.shape), dtype_name(first)))
         g = highway(chain, last, sources=sources, backend=BACKEND, **self.options)
@@ -264,8 +306,7 @@ class _Entry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Any) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("Highway-BP has no second derivatives; set iterations=None, which is torch's own graph")
+        refuse_second_derivatives("iterations=None")
         dx, others = ctx.run.gradients()
         return (None, dx, *others)
 
@@ -275,8 +316,7 @@ class _Link(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Run, call: Call, _: Tensor) -> tuple[Tensor, ...]:
-        ctx.run, ctx.number = run, len(run.maps)
-        ctx.call = replace(call, start=None, ends=())
+        ctx.run, ctx.number, ctx.layer = run, len(run.layers), call.layer
         ctx.set_materialize_grads(False)
         # Saved in autograd's own way: the layer's graph is freed, and a second backward refused, as everywhere.
         ctx.save_for_backward(call.start, *call.ends)
@@ -285,51 +325,38 @@ class _Link(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[None, None, None]:
         start, *ends = ctx.saved_tensors
-        ctx.run.calls[ctx.number] = replace(ctx.call, start=start, ends=tuple(ends), cotangents=cotangents)
+        ctx.run.reached(ctx.number, Call(ctx.layer, start, tuple(ends), cotangents))
         return None, None, None
+
+
+def _run(name: str, target: nn.Module, own: dict[str, Tensor], start: Tensor, args: Any, kwargs: Any) -> Any:
+    """Call a layer on the leaf ``start``, with a graph."""
+    try:
+        with torch.enable_grad():
+            return torch.func.functional_call(target, own, (start, *args), kwargs)
+    except RuntimeError as error:
+        if "leaf Variable that requires grad" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{name} writes into its input, as nn.ReLU(inplace=True) does; use inplace=False, or set iterations=None"
+        ) from error
+
+
+def _depending(y: Tensor, start: Tensor) -> Tensor:
+    """y; one that depends on nothing, not even the state, with a graph of zero derivatives."""
+    if y.requires_grad:
+        return y
+    with torch.enable_grad():
+        return torch.where(torch.zeros_like(start, dtype=torch.bool), start, y)
+
+
+def _needs_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _refuse_inner_gradient(_: Tensor) -> None:
     raise RuntimeError(
-        "a tensor from inside a layer, as a cache's keys or attention weights taken by a hook, was used in a loss; "
-        "its gradient would not reach the model. Use what the layers return, or iterations=None"
+        "a tensor made inside a converted or stacked layer and not returned by it (taken by a hook, from an attribute "
+        "or a cache) was used in a loss; its gradient would not reach the model. Return it from the layer, or set "
+        "iterations=None"
     )
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
-
-
-def _swapped(value: Any, leaves: dict[int, Tensor]) -> Any:
-    """The same nest with the tensors that have a copy replaced by it."""
-    if isinstance(value, Tensor):
-        return leaves.get(id(value), value)
-    if isinstance(value, tuple):
-        parts = [_swapped(part, leaves) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if type(value) is list:
-        return [_swapped(part, leaves) for part in value]
-    if type(value) is dict:
-        return {key: _swapped(part, leaves) for key, part in value.items()}
-    return value
-
-
-def _hidden_tensors(value: Any, depth: int = 8) -> Iterator[Tensor]:
-    """The tensors in the attributes of objects, as of caches, in a nest of arguments."""
-    if isinstance(value, tuple | list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _hidden_tensors(part, depth)
-    elif (
-        depth
-        and hasattr(value, "__dict__")
-        and not isinstance(value, Tensor | nn.Module | type)
-        and not callable(value)
-    ):
-        for part in vars(value).values():
-            yield from _tensors(part)
-            yield from _hidden_tensors(part, depth - 1)
