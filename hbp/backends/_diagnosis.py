@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hbp.core.backend import check_count
 from hbp.core.increments import ADVICE, Report
 
 HEADER = f"{'k':>4} {'chunk':>6} {'error':>9} {'cosine':>8} {'worst layer':>24} {'increment':>10} {'ms':>9}"
@@ -27,6 +28,11 @@ class Agreement:
         error = math.sqrt(difference / exact) if exact else math.inf if difference else 0.0
         cosine = product / math.sqrt(exact * found) if exact and found else 1.0 if exact == found else 0.0
         return cls(error, cosine)
+
+    @classmethod
+    def summed(cls, squares: Iterable[Sequence[float]]) -> Agreement:
+        """From those of several parts."""
+        return cls.of([sum(column) for column in zip(*squares, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,19 @@ class Diagnosis:
             by_layer.plot(errors, ".-", label=f"k = {row.iterations}")
         _logarithmic(by_layer, "layer, in the model's order", f"relative error, chunk {first[0].chunk}")
         figure.savefig(path, dpi=120)
+
+
+def check_settings(iterations: Sequence[int], chunks: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The settings to try, checked.
+
+    Raises:
+        TypeError, ValueError: there are none, or they are no counts.
+    """
+    counts = [check_count("iterations", k, 0) for k in iterations]
+    sizes = [check_count("chunk", chunk, 1) for chunk in chunks]
+    if not counts or not sizes:
+        raise ValueError("give at least one number of iterations and one chunk")
+    return counts, sizes
 
 
 def _logarithmic(axes: Any, x: str, y: str) -> None:

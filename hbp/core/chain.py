@@ -101,7 +101,7 @@ class LinearizedChain:
         size = min(check_count("chunk", size, 1), max(len(self), 1))
         if size == 1:
             return self
-        return LayerChain(Stages(self, size, size), _products(self.residual, len(self), size, backend), self.state)
+        return LayerChain(Stages(self, size, size), products(self.residual, len(self), size, backend), self.state)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +190,7 @@ class Stages:
             yield g
 
 
-def _products(residual: LinearOperator, length: int, size: int, backend: Backend | str | None) -> LinearOperator:
+def products(residual: LinearOperator, length: int, size: int, backend: Backend | str | None) -> LinearOperator:
     """The composed maps of each run of ``size`` layers and of the shorter rest."""
     full = length - length % size
     product = reduce(_then, (residual[j:full:size] for j in range(size)))

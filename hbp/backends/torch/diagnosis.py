@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbp.backends._diagnosis import HEADER, Agreement, Diagnosis, Row
+from hbp.backends._diagnosis import HEADER, Agreement, Diagnosis, Row, check_settings
 from hbp.backends.torch.conversion import ConvertedForward
 from hbp.backends.torch.recurrent import GRU, LSTM
 from hbp.backends.torch.sequential import Sequential
@@ -62,10 +62,7 @@ def diagnose(
     (0.0, 3)
     """
     layers = scheduled(model)
-    counts = [check_count("iterations", k, 0) for k in iterations]
-    sizes = [check_count("chunk", chunk, 1) for chunk in chunks]
-    if not counts or not sizes:
-        raise ValueError("give at least one number of iterations and one chunk")
+    counts, sizes = check_settings(iterations, chunks)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(f"no parameter of this {type(model).__name__} needs gradients")
@@ -86,8 +83,8 @@ def diagnose(
             for k in counts:
                 found, seconds, reports = run(k, chunk)
                 squares = {name: _squares(found[name], exact[name]) for name in parameters}
-                by_layer = {group: _summed(squares[name] for name in names) for group, names in groups.items()}
-                overall = _summed(squares.values())
+                by_layer = {group: Agreement.summed(squares[name] for name in names) for group, names in groups.items()}
+                overall = Agreement.summed(squares.values())
                 rows.append(Row(k, chunk, overall, by_layer, reports, seconds))
                 print(rows[-1])
     diagnosis = Diagnosis(tuple(rows), exact_seconds, target)
@@ -223,10 +220,6 @@ def _grouped(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, li
 def _squares(found: Tensor, exact: Tensor) -> tuple[float, ...]:
     a, b = found.double(), exact.double()
     return tuple(map(float, ((a - b).square().sum(), b.square().sum(), a.square().sum(), (a * b).sum())))
-
-
-def _summed(squares: Any) -> Agreement:
-    return Agreement.of([sum(column) for column in zip(*squares, strict=True)])
 
 
 def _growth(report: Report) -> float:

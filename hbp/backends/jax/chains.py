@@ -1,0 +1,188 @@
+"""Chains of layers as differentiable functions: a forward scan, and Highway-BP as its reverse rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hbp.backends.jax.operations import JaxBackend
+from hbp.core.backend import Array, Backend, dtype_name
+from hbp.core.chain import LayerChain, products
+from hbp.core.operator import LinearOperator
+
+Tree: TypeAlias = Any
+Layer: TypeAlias = Callable[[Tree, Tree, Array], Array]
+"""``layer(shared, row, state) -> state`` with what all layers share and what each has of its own."""
+Maps: TypeAlias = Callable[[Tree, Tree, Array, Array], LinearOperator]
+"""``maps(shared, row, before, after) -> one residual map``."""
+Solve: TypeAlias = Callable[[LayerChain, Array, Array], Array]
+"""``solve(chain, cotangent, sources)`` -> all of g."""
+Run: TypeAlias = Callable[[Layer, Tree, Tree, Array], tuple[Array, Array]]
+"""``run(layer, shared, rows, x)`` -> the first state, and the states after each layer, (L, ...)."""
+
+BACKEND = JaxBackend()
+
+
+def in_turn(layer: Layer, shared: Tree, rows: Tree, x: Array) -> tuple[Array, Array]:
+    """The first state and those after each layer: the plain program, whose reverse rule is JAX's own."""
+
+    def body(state: Array, row: Tree) -> tuple[Array, Array]:
+        state = layer(shared, row, state)
+        return state, state
+
+    return x, lax.scan(body, x, rows)[1]
+
+
+def highway_states(
+    layer: Layer,
+    maps: Maps | LinearOperator,
+    shared: Tree,
+    rows: Tree,
+    x: Array,
+    *,
+    chunk: int,
+    solve: Solve,
+    run: Run = in_turn,
+) -> Array:
+    """The states after each layer, with Highway-BP for their reverse rule.
+
+    Args:
+        layer: one layer, with no arrays closed over.
+        maps: the residual maps of the L layers, or a function that gives one of them.
+        shared, rows: what all layers share, and what each has of its own, with a leading axis of L.
+        x: the first state.
+        chunk: layers per stage.
+        solve: gives the cotangents of the stages' boundaries.
+        run: how the layers are run.
+    """
+    leaves, tree = jax.tree.flatten((shared, rows))
+    inexact = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+
+    def joined(real: list[Array], fixed: list[Array]) -> tuple[Tree, Tree]:
+        reals, others = iter(real), iter(fixed)
+        both: tuple[Tree, Tree] = jax.tree.unflatten(tree, [next(reals if own else others) for own in inexact])
+        return both
+
+    @jax.custom_vjp
+    def states(real: list[Array], fixed: list[Array], x: Array) -> Array:
+        return run(layer, *joined(real, fixed), x)[1]
+
+    def forward(real: list[Array], fixed: list[Array], x: Array) -> tuple[Array, Any]:
+        start, y = run(layer, *joined(real, fixed), x)
+        return y, (real, fixed, start, y)
+
+    def backward(saved: Any, dy: Array) -> tuple[list[Array], None, Array]:
+        real, fixed, start, y = saved
+        before, length = jnp.concatenate([start[None], y[:-1]]), len(y)
+        size = min(chunk, length)
+        residual = maps if isinstance(maps, LinearOperator) else _mapped(maps, *joined(real, fixed), before, y)
+        residual = products(residual.bind(length, start, BACKEND), length, size, BACKEND)
+
+        def stages(real: list[Array], starts: Array) -> Array:
+            shared, rows = joined(real, fixed)
+            return jax.vmap(partial(_stage, layer, shared))(_cut(rows, length, size), starts)
+
+        starts = before[::size]
+        pull = jax.vjp(partial(stages, real), starts)[1]
+        own = _at_ends(dy, size)  # what enters at the states from outside, (stages, size, ...)
+        entering = jnp.concatenate([jnp.zeros_like(own[:1, -1]), own[:-1, -1]])
+        if size > 1:
+            entering = entering + pull(own.at[:, -1].set(0))[0]
+        chain = LayerChain(StagePullbacks(pull, len(starts), size), residual, (tuple(start.shape), dtype_name(start)))
+        g = solve(chain, own[-1, -1], entering)
+        (dreal,) = jax.vjp(lambda real: stages(real, starts), real)[1](own.at[:, -1].set(g[1:]))
+        return [_as_varying_as(leaf, d) for leaf, d in zip(real, dreal, strict=True)], None, g[0]
+
+    states.defvjp(forward, backward)
+    real = [leaf for leaf, own in zip(leaves, inexact, strict=True) if own]
+    return states(real, [leaf for leaf, own in zip(leaves, inexact, strict=True) if not own], x)
+
+
+@dataclass(frozen=True, eq=False)
+class StagePullbacks:
+    """The pullbacks of all stages at once, of cotangents of their ends, as core's `Pullbacks`."""
+
+    pull: Callable[[Array], tuple[Array]]
+    """Of the cotangents of all states, (stages, size, ...)."""
+    count: int
+    size: int
+    selected: range | None = None
+    traceable = True
+
+    def __len__(self) -> int:
+        return self.count if self.selected is None else len(self.selected)
+
+    def __getitem__(self, index: slice) -> StagePullbacks:
+        return replace(self, selected=(self.selected or range(self.count))[index])
+
+    def __call__(self, cotangents: Array, backend: Backend) -> Array:
+        if self.selected is None and self.size == 1:
+            return self.pull(cotangents[:, None])[0]
+        rows = jnp.arange(self.count) if self.selected is None else jnp.array(self.selected)
+        zeros = jnp.zeros((self.count, self.size, *cotangents.shape[1:]), cotangents.dtype)
+        return self.pull(zeros.at[rows, -1].set(cotangents))[0][rows]
+
+    def at(self, i: Any, cotangent: Array, backend: Backend) -> Array:
+        zeros = jnp.zeros((self.count, self.size, *cotangent.shape), cotangent.dtype)
+        return self.pull(zeros.at[i, -1].set(cotangent))[0][i]
+
+
+def _mapped(maps: Maps, shared: Tree, rows: Tree, before: Array, after: Array) -> LinearOperator:
+    """The residual maps of all layers, as one stack."""
+    stack: LinearOperator = jax.vmap(maps, (None, 0, 0, 0))(shared, rows, before, after)
+    return stack
+
+
+def _stage(layer: Layer, shared: Tree, rows: tuple[Tree, Array | None], start: Array) -> Array:
+    """The states inside one stage, (size, ...); behind the chain's end its last state stays."""
+    own, there = rows
+    if there is None:
+        return in_turn(layer, shared, own, start)[1]
+
+    def body(shared: Tree, row: tuple[Tree, Array], state: Array) -> Array:
+        return jnp.where(row[1], layer(shared, row[0], state), state)
+
+    return in_turn(body, shared, rows, start)[1]
+
+
+def _cut(rows: Tree, length: int, size: int) -> tuple[Tree, Array | None]:
+    """Rows in stages, (stages, size, ...); the last is filled up, and then says which of its rows are there."""
+    missing = -length % size
+
+    def cut(leaf: Array) -> Array:
+        if missing:
+            leaf = jnp.concatenate([leaf, jnp.broadcast_to(leaf[-1:], (missing, *leaf.shape[1:]))])
+        return leaf.reshape(-1, size, *leaf.shape[1:])
+
+    return jax.tree.map(cut, rows), (jnp.arange(length + missing) < length).reshape(-1, size) if missing else None
+
+
+def _at_ends(dy: Array, size: int) -> Array:
+    """Cotangents of all states in stages, the chain's last state at the end of its stage."""
+    missing = -len(dy) % size
+    filled = jnp.concatenate([dy[:-1], jnp.zeros((missing, *dy.shape[1:]), dy.dtype), dy[-1:]])
+    return filled.reshape(-1, size, *dy.shape[1:])
+
+
+def _as_varying_as(primal: Array, cotangent: Array) -> Array:
+    """A cotangent, summed over those mesh axes of a `jax.shard_map` over which only it varies."""
+    axes = tuple(_axes(cotangent) - _axes(primal))
+    return lax.psum(cotangent, axes) if axes else cotangent
+
+
+def varying(x: Array, axis: Any) -> Array:
+    """An array, counted as varying over a mesh axis of a `jax.shard_map`."""
+    accounted = axis in _axes(lax.axis_index(axis))  # not under check_vma=False
+    return lax.pcast(x, (axis,), to="varying") if accounted and axis not in _axes(x) else x
+
+
+def _axes(x: Array) -> set[Any]:
+    """The mesh axes over which an array varies, as far as JAX keeps account of them."""
+    kind: Any = jax.typeof(x) if hasattr(jax, "typeof") else None
+    return set(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))

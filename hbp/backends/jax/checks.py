@@ -1,0 +1,68 @@
+"""What the transforms check at trace time, before any work, and how they call a user's functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hbp.core.backend import Array, check_count
+from hbp.core.schedule import Schedule
+
+
+def check_iterations(iterations: Any) -> int | None:
+    """``iterations``, a Python number or None.
+
+    Raises:
+        TypeError, ValueError: it is traced, a `Schedule` that was not called, or no non-negative integer.
+    """
+    if isinstance(iterations, jax.core.Tracer):
+        raise TypeError("iterations is traced; give a Python int, as a static argument of jit, one per compilation")
+    if isinstance(iterations, Schedule):
+        raise TypeError("iterations is a Schedule; call it with the training step, outside of jit: schedule(step)")
+    return None if iterations is None else check_count("iterations", iterations, 0)
+
+
+def check_stacked(what: str, tree: Any) -> int:
+    """The length of the leading axis that all arrays of a tree share.
+
+    Raises:
+        ValueError: there are no arrays, or they share none.
+    """
+    lengths = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        shape = jnp.shape(leaf)
+        if not shape:
+            raise ValueError(f"{what}{jax.tree_util.keystr(path)} has no axis; stack all layers' arrays on axis 0")
+        lengths[f"{what}{jax.tree_util.keystr(path)}"] = shape[0]
+    if not lengths:
+        raise ValueError(f"{what} holds no arrays; stack all layers' arrays on axis 0")
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the arrays of {what} have different lengths on axis 0, the axis of the layers: {lengths}")
+    return next(iter(lengths.values()))
+
+
+def check_state(what: str, x: Array) -> None:
+    """Check that a state is a real floating point array."""
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise TypeError(f"{what} is {jnp.result_type(x)}; give real floating point")
+
+
+def check_like(what: str, found: Any, state: Any) -> None:
+    """Check that a layer keeps the tree, the shapes and the dtypes of its state; both are abstract."""
+    if jax.tree.structure(found) != jax.tree.structure(state):
+        raise TypeError(f"{what} returns {jax.tree.structure(found)}; its state is {jax.tree.structure(state)}")
+    for new, old in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
+        if new.shape != jnp.shape(old) or new.dtype != jnp.result_type(old):
+            raise ValueError(
+                f"{what} returns {new.dtype} of shape {new.shape}; its state is {jnp.result_type(old)} of shape "
+                f"{jnp.shape(old)}, and must keep both"
+            )
+
+
+def closed(function: Callable[..., Any], *examples: Any) -> tuple[Callable[..., Any], list[Array]]:
+    """A function without what it closes over and may need gradients, which become further arguments."""
+    converted, captured = jax.closure_convert(function, *examples)
+    return converted, captured

@@ -1,0 +1,84 @@
+"""Layers spread over devices: the mesh axis of a `jax.shard_map` as the depth of a stack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hbp.backends.jax.chains import Layer, Tree, in_turn, varying
+from hbp.backends.jax.operations import JaxBackend
+from hbp.core.adjoint import step
+from hbp.core.backend import Array
+from hbp.core.chain import LayerChain, products
+from hbp.core.operator import LinearOperator
+
+
+class DepthParallel(JaxBackend):
+    """JAX where each device of a mesh axis holds consecutive layers of a stack, in the order of the axis.
+
+    Its suffix scan crosses the devices. Parameters and states stay where they are; what travels is the state of the
+    forward pass from device to device, and per scan one state and one residual map of each device.
+    """
+
+    def __init__(self, axis: Any) -> None:
+        super().__init__()
+        self.axis = axis
+        self.devices: int = lax.axis_size(axis)
+
+    def check(self, length: int, chunk: int) -> None:
+        """Check that no stage crosses devices."""
+        if length % chunk:
+            raise ValueError(f"chunk={chunk} does not divide the {length} layers of each device")
+
+    def run(self, layer: Layer, shared: Tree, rows: Tree, x: Array) -> tuple[Array, Array]:
+        """The first state of this device's layers and those after each of them; devices work in turn."""
+        here = lax.axis_index(self.axis)
+        x = varying(x, self.axis)
+
+        def at_work(state: Array) -> tuple[Array, Array]:
+            return in_turn(layer, shared, rows, state)
+
+        def at_rest(state: Array) -> tuple[Array, Array]:
+            length = len(jax.tree.leaves(rows)[0])
+            zero = varying(jnp.zeros(state.shape, state.dtype), self.axis)
+            return zero, jnp.broadcast_to(zero, (length, *state.shape))
+
+        def turn(turn: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            arriving, first, after = carry
+            found = lax.cond(here == turn, at_work, at_rest, arriving)
+            arriving = lax.ppermute(found[1][-1], self.axis, [(i, i + 1) for i in range(self.devices - 1)])
+            return arriving, first + found[0], after + found[1]
+
+        _, first, after = lax.fori_loop(0, self.devices, turn, (x, *at_rest(x)))
+        return first, after
+
+    def last(self, states: Array) -> Array:
+        """The stack's last state on all devices, from each device's states."""
+        here = lax.axis_index(self.axis)
+        return lax.psum(jnp.where(here == self.devices - 1, states[-1], 0), self.axis)
+
+    def propagate(self, operator: LinearOperator, c: Array) -> Array:
+        """The suffix scan over all devices' layers, of which ``operator`` and ``c`` are this device's.
+
+        A device's last state is the next one's first, and ``c[-1]`` enters there: nonzero on the last device only.
+        """
+        own = super().propagate(operator, c)
+        if len(c) == 1:
+            return own
+        product = products(operator.T, len(c) - 1, len(c) - 1, self).T
+        starts, maps = jax.tree.map(lambda leaf: lax.all_gather(leaf, self.axis), (own[0], product))
+        here, entering = lax.axis_index(self.axis), jnp.zeros_like(own[0])
+        for device in range(self.devices - 1, 0, -1):
+            entering = jnp.where(device > here, starts[device] + maps[device][0].mv(entering), entering)
+        return own + super().propagate(operator, jnp.concatenate([jnp.zeros_like(c[:-1]), entering[None]]))
+
+    def solve(self, k: int, chain: LayerChain, cotangent: Array, sources: Array) -> Array:
+        """Highway-BP over all devices' layers; the first state's cotangent is the first device's alone."""
+        c = jnp.concatenate([sources, cotangent[None]])
+        g = self.propagate(chain.residual.T, c)
+        for _ in range(min(k, self.devices * len(chain))):
+            g = step(chain, g, c, self)
+        return g.at[0].multiply(lax.axis_index(self.axis) == 0)

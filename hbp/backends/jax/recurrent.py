@@ -1,0 +1,144 @@
+"""Recurrences for `jax.grad`: gated cells of one's own, and the GRU and LSTM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hbp import cells
+from hbp.backends.jax.chains import BACKEND, Tree, highway_states, in_turn
+from hbp.backends.jax.checks import check_iterations, check_stacked, check_state, closed
+from hbp.backends.jax.watching import solver, watched
+from hbp.core.backend import Array, check_count
+from hbp.core.operator import Diagonal
+
+
+def scan(
+    cell: Callable[[Tree, Array, Tree], tuple[Array, Array]],
+    params: Tree,
+    h0: Array,
+    xs: Tree,
+    *,
+    iterations: int | None,
+    chunk: int = 1,
+    reverse: bool = False,
+) -> tuple[Array, Array]:
+    """Run ``h = gate * h + update`` with ``gate, update = cell(params, h, xs[t])``; pull back by Highway-BP.
+
+    The residual path is diag(gate), the block whatever h does by way of gate and update. A cell whose gate and update
+    do not read h is exact at k = 0.
+
+    Args:
+        cell: a function; what it closes over may need gradients.
+        params: a pytree.
+        h0: the first state.
+        xs: a pytree of arrays with the steps on axis 0.
+        iterations: Highway-BP's k, a Python int; None is the plain program.
+        chunk: steps per stage, inside which backprop is exact.
+        reverse: from the last step to the first, as in `jax.lax.scan`.
+
+    Returns:
+        ``(h_T, h)`` as `jax.lax.scan` does: the final state, and the states after each step.
+
+    >>> cell = lambda w, h, x: (jax.nn.sigmoid(x), jnp.tanh(x + h @ w))
+    >>> last, h = scan(cell, jnp.ones((3, 3)), jnp.zeros(3), jnp.ones((5, 3)), iterations=1)
+    >>> h.shape, bool((last == h[-1]).all())
+    ((5, 3), True)
+    """
+    k, chunk = check_iterations(iterations), check_count("chunk", chunk, 1)
+    check_stacked("xs", xs)
+    check_state("h0", h0)
+    first = jax.tree.map(lambda leaf: leaf[0], xs)
+    _check_cell(jax.eval_shape(cell, params, h0, first), h0)
+    if reverse:
+        xs = jax.tree.map(lambda leaf: jnp.flip(leaf, 0), xs)
+    own, captured = (cell, []) if k is None else closed(cell, params, h0, first)
+
+    def layer(both: tuple[Tree, list[Array]], row: Tree, h: Array) -> Array:
+        gate, update = own(both[0], h, row, *both[1])
+        return gate * h + update
+
+    def maps(both: tuple[Tree, list[Array]], row: Tree, h: Array, _: Array) -> Diagonal:
+        return Diagonal(own(both[0], h, row, *both[1])[0])
+
+    if k is None:
+        h = in_turn(layer, (params, captured), xs, h0)[1]
+    else:
+        h = highway_states(layer, maps, (params, captured), xs, h0, chunk=chunk, solve=solver(k))
+    return h[-1], jnp.flip(h, 0) if reverse else h
+
+
+def gru(
+    params: cells.GRUParameters, xs: Array, h0: Array, *, iterations: int | None, chunk: int = 1
+) -> tuple[Array, Array]:
+    """A GRU over (T, B, I) from (B, H), in PyTorch's parameter layout: ``(h_T, h)``, pulled back by Highway-BP.
+
+    Arguments as for `scan`.
+
+    >>> params = cells.GRUParameters(jnp.ones((9, 2)), jnp.ones((9, 3)))
+    >>> loss = lambda params: gru(params, jnp.ones((5, 1, 2)), jnp.zeros((1, 3)), iterations=2)[0].sum()
+    >>> jax.grad(loss)(params).weight_hh.shape
+    (9, 3)
+    """
+    k, chunk = check_iterations(iterations), check_count("chunk", chunk, 1)
+    backend, watch = watched()
+    if k is None:
+        h = cells.gru(params, xs, h0, backend=BACKEND)[0]
+        return h[-1], h
+
+    @jax.custom_vjp
+    def states(params: Any, xs: Array, h0: Array) -> Array:
+        return cells.gru(params, xs, h0, backend=BACKEND)[0]
+
+    def forward(params: Any, xs: Array, h0: Array) -> tuple[Array, Any]:
+        h = states(params, xs, h0)
+        return h, (params, xs, h0, h)
+
+    def backward(saved: Any, dh: Array) -> Any:
+        params, xs, h0, h = saved
+        return cells.GRUPullback(params, xs, h0, h, backend)(dh, k, chunk, watch=watch)
+
+    states.defvjp(forward, backward)
+    h = states(params, xs, h0)
+    return h[-1], h
+
+
+def lstm(
+    params: cells.LSTMParameters, xs: Array, h0: tuple[Array, Array], *, iterations: int | None, chunk: int = 1
+) -> tuple[tuple[Array, Array], Array]:
+    """An LSTM over (T, B, I) from ``(h0, c0)``: ``((h_T, c_T), h)``. Otherwise as `gru`."""
+    k, chunk = check_iterations(iterations), check_count("chunk", chunk, 1)
+    backend, watch = watched()
+    if k is None:
+        (h, c), _ = cells.lstm(params, xs, h0, backend=BACKEND)
+        return (h[-1], c[-1]), h
+
+    @jax.custom_vjp
+    def states(params: Any, xs: Array, h0: Any) -> tuple[Array, Array]:
+        return cells.lstm(params, xs, h0, backend=BACKEND)[0]
+
+    def forward(params: Any, xs: Array, h0: Any) -> tuple[Any, Any]:
+        found = states(params, xs, h0)
+        return found, (params, xs, h0, found)
+
+    def backward(saved: Any, d: Any) -> Any:
+        params, xs, h0, found = saved
+        return cells.LSTMPullback(params, xs, h0, found, backend)(d, k, chunk, watch=watch)
+
+    states.defvjp(forward, backward)
+    h, c = states(params, xs, tuple(h0))
+    return (h[-1], c[-1]), h
+
+
+def _check_cell(found: Any, h: Array) -> None:
+    if not isinstance(found, tuple) or len(found) != 2 or not all(hasattr(part, "shape") for part in found):
+        raise TypeError(f"the cell returns a {type(found).__name__}; expected two arrays, (gate, update)")
+    for name, part in zip(("gate", "update"), found, strict=True):
+        if part.shape != jnp.shape(h) or part.dtype != jnp.result_type(h):
+            raise ValueError(
+                f"the cell's {name} is {part.dtype} of shape {part.shape}; the state is {jnp.result_type(h)} of shape "
+                f"{jnp.shape(h)}"
+            )

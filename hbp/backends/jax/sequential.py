@@ -1,0 +1,105 @@
+"""Stacks of layers with stacked parameters, for `jax.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from jax.flatten_util import ravel_pytree
+
+from hbp.backends.jax.chains import Tree, highway_states, in_turn, varying
+from hbp.backends.jax.checks import check_iterations, check_like, check_stacked, check_state, closed
+from hbp.backends.jax.depth import DepthParallel
+from hbp.backends.jax.watching import solver
+from hbp.core.backend import Array, check_count
+from hbp.core.operator import Identity, LinearOperator, Scalar, Zero
+
+IDENTITY = Identity()
+
+
+def sequential(
+    layer: Callable[..., Tree],
+    params: Tree,
+    x: Tree,
+    *shared: Tree,
+    iterations: int | None,
+    residual: LinearOperator | Callable[[Tree, Array], LinearOperator] = IDENTITY,
+    chunk: int = 1,
+    axis_name: Any = None,
+) -> Tree:
+    """Run ``x = layer(params[i], x, *shared)`` for all i; under `jax.grad` pull back by Highway-BP.
+
+    The forward is one `jax.lax.scan`; what the layers compute is computed again in the backward, for all at once.
+
+    Args:
+        layer: whole layers, skip included, that keep the shape and dtype of their state. What it closes over may
+            need gradients.
+        params: a pytree of arrays stacked on axis 0; whatever differs from layer to layer belongs here.
+        x: the first state, an array or a pytree of arrays of one dtype.
+        shared: further arguments of each layer.
+        iterations: Highway-BP's k, a Python int; None is the plain program, exact and differentiable in all modes.
+        residual: the layers' residual maps, an operator or a function ``(params[i], x[i]) -> one map``. States that
+            are pytrees take `Identity`, `Scalar` and `Zero`.
+        chunk: layers per stage, inside which backprop is exact.
+        axis_name: inside `jax.shard_map`, the mesh axis over which ``params`` are split; each device keeps its own
+            layers and their states.
+
+    Returns:
+        The last state.
+
+    Raises:
+        TypeError, ValueError: at trace time, where an argument is not what it should be.
+
+    >>> import jax.numpy as jnp
+    >>> layer = lambda w, x: x + jnp.tanh(x @ w)
+    >>> loss = lambda w: sequential(layer, w, jnp.ones(3), iterations=2).sum()
+    >>> jax.grad(loss)(jnp.ones((8, 3, 3))).shape
+    (8, 3, 3)
+    """
+    k, chunk = check_iterations(iterations), check_count("chunk", chunk, 1)
+    length = check_stacked("params", params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+        check_state(f"x{jax.tree_util.keystr(path)}", leaf)
+    single = hasattr(x, "shape")
+    if not single and not isinstance(residual, Identity | Scalar | Zero):
+        raise TypeError("states that are pytrees take Identity(), Scalar(...) or Zero() as residual")
+    if not length:
+        return x
+    first = jax.tree.map(lambda leaf: leaf[0], params)
+    check_like("the layer", jax.eval_shape(layer, first, x, *shared), x)
+    flat, unravel = (x, lambda state: state) if single else ravel_pytree(x)
+
+    def on_arrays(shared: Tree, row: Tree, state: Array) -> Array:
+        found = layer(row, unravel(state), *shared)
+        return found if single else ravel_pytree(found)[0]
+
+    depth = None if axis_name is None else DepthParallel(axis_name)
+    run = in_turn if depth is None else depth.run
+    if k is None:
+        states = run(on_arrays, shared, params, flat)[1]
+        return unravel(states[-1] if depth is None else depth.last(states))
+    if depth is not None:
+        flat = varying(flat, axis_name)
+    own, captured = closed(on_arrays, shared, first, flat)
+
+    def pure(both: tuple[Tree, list[Array]], row: Tree, state: Array) -> Array:
+        return own(both[0], row, state, *both[1])
+
+    maps = residual if isinstance(residual, LinearOperator) else partial(_map, residual)
+    if depth is None:
+        states = highway_states(pure, maps, (shared, captured), params, flat, chunk=chunk, solve=solver(k))
+        return unravel(states[-1])
+    depth.check(length, chunk)
+    states = highway_states(
+        pure, maps, (shared, captured), params, flat, chunk=chunk, solve=partial(depth.solve, k), run=run
+    )
+    return unravel(depth.last(states))
+
+
+def _map(residual: Callable[[Tree, Array], LinearOperator], _: Tree, row: Tree, state: Array, _after: Array) -> Any:
+    found = residual(row, state)
+    if not isinstance(found, LinearOperator):
+        raise TypeError(f"residual returned a {type(found).__name__}; return one of hbp's operators")
+    return found

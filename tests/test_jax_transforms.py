@@ -1,0 +1,377 @@
+"""hb.sequential, hb.scan, hb.gru and hb.lstm: exact ends are JAX's own gradients, iterates the NumPy reference's."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hbp
+
+jax = pytest.importorskip("jax")
+hb: Any = pytest.importorskip("hbp.backends.jax")
+jnp = jax.numpy
+
+L, B, D, T, I, H = 7, 3, 4, 7, 2, 5  # noqa: E741
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    with jax.enable_x64(True):
+        yield
+
+
+def arrays(seed: int, *shapes: Any) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(0.6 * rng.normal(size=shape)) for shape in shapes]
+
+
+def close(found: Any, expected: Any, tolerance: float = 1e-11) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    largest = max(float(abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert float(abs(a - b).max()) <= tolerance * max(float(abs(b).max()), 1e-3 * largest)
+
+
+def layer(params: Any, x: Any, scale: Any = 1.0) -> Any:
+    return x + scale * jnp.tanh(x @ params["w"] + params["b"])
+
+
+def stack() -> tuple[Any, Any]:
+    w, b, x = arrays(0, (L, D, D), (L, D), (B, D))
+    return {"w": w, "b": b}, x
+
+
+def plain(params: Any, x: Any, scale: Any = 1.0) -> Any:
+    for i in range(L):
+        x = layer(jax.tree.map(lambda leaf, i=i: leaf[i], params), x, scale)
+    return x
+
+
+def value(y: Any) -> Any:
+    return sum(jnp.sin((i + 1) * leaf).sum() for i, leaf in enumerate(jax.tree.leaves(y)))
+
+
+def gradient(run: Any, *given: Any) -> Any:
+    return jax.grad(lambda *given: value(run(*given)), tuple(range(len(given))))(*given)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(("k", "chunk"), [(None, 1), (L, 1), (9, 1), (4, 2), (3, 3), (2, 4), (1, 7), (1, 20)])
+def test_a_stack_is_exact_in_the_end(k, chunk, jitted):
+    params, x = stack()
+    scale = jnp.asarray(0.7)
+    run = partial(hb.sequential, layer, iterations=k, chunk=chunk)
+    np.testing.assert_allclose(run(params, x, scale), plain(params, x, scale), rtol=1e-14)
+    expected = gradient(plain, params, x, scale)
+    found = (jax.jit(partial(gradient, run)) if jitted else partial(gradient, run))(params, x, scale)
+    close(found, expected)
+
+
+RESIDUALS = {
+    "identity": hbp.Identity(),
+    "damped": hbp.Scalar(0.8),
+    "fixed point": hbp.Zero(),
+    "mask": lambda params, x: hbp.Diagonal((x > 0).astype(x.dtype)),
+    "matrix": lambda params, x: hbp.Dense(params["w"].T),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_iterates_of_a_stack_are_those_of_the_reference(name, chunk):
+    params, x = stack()
+    w, b = (np.asarray(params[key]) for key in ("w", "b"))
+    residual = RESIDUALS[name]
+
+    def reference(i: int) -> Any:
+        def run(x: Any) -> Any:
+            y = np.tanh(x @ w[i] + b[i])
+            return x + y, lambda g: g + (g * (1 - y * y)) @ w[i].T
+
+        return run
+
+    maps = residual
+    if name in ("mask", "matrix"):
+        own = {"w": w}
+        maps = lambda i, x, y: RESIDUALS[name]({key: leaf[i] for key, leaf in own.items()}, x)  # noqa: E731
+    y, chain = hbp.linearize_layers([reference(i) for i in range(L)], np.asarray(x), maps)
+    for k in range(4):
+        run = partial(hb.sequential, layer, iterations=k, chunk=chunk, residual=residual)
+        dparams, dx = gradient(run, params, x)
+        g = hbp.highway(chain, np.cos(y), k, chunk=chunk)
+        states = [np.asarray(x)]
+        for i in range(L):
+            states.append(reference(i)(states[-1])[0])
+        db = [(g[i + 1] * (1 - np.tanh(states[i] @ w[i] + b[i]) ** 2)).sum(0) for i in range(L)]
+        close(dx, jnp.asarray(g[0]))
+        close(dparams["b"], jnp.asarray(np.stack(db)))
+
+
+def test_states_may_be_trees_and_layers_may_close_over_what_needs_gradients():
+    params, x = stack()
+    (scale,) = arrays(1, (D,))
+    mask = jnp.arange(D) > 1
+
+    def run(params: Any, x: Any, scale: Any, k: int | None) -> Any:
+        def body(own: Any, state: Any) -> Any:
+            a, b = state["a"], state["b"]
+            return {"a": a + jnp.tanh(b @ own["w"]) * scale, "b": b + jnp.where(mask, a * own["b"], 0).sum(0)}
+
+        return hb.sequential(body, params, {"a": x, "b": x[0]}, iterations=k)
+
+    expected = gradient(partial(run, k=None), params, x, scale)
+    assert float(abs(expected[2]).max()) > 0.01
+    close(gradient(partial(run, k=L), params, x, scale), expected)
+    close(jax.jit(partial(gradient, partial(run, k=L)))(params, x, scale), expected)
+
+
+def test_rows_and_arguments_that_are_no_floats():
+    params, x = stack()
+    numbers, switch = jnp.arange(L), jnp.asarray(2)
+
+    def body(own: Any, state: Any, switch: Any) -> Any:
+        return layer(own[0], state) * jnp.where(own[1] > switch, 1.0, 0.5)
+
+    def run(params: Any, x: Any, k: int | None) -> Any:
+        return hb.sequential(body, (params, numbers), x, switch, iterations=k, chunk=2)
+
+    close(gradient(partial(run, k=4), params, x), gradient(partial(run, k=None), params, x))
+
+
+def cell(params: Any, h: Any, x: Any) -> Any:
+    gates = x["x"] @ params["in"] + h @ params["hidden"]
+    return jax.nn.sigmoid(gates[..., :H]), jnp.tanh(gates[..., H:])
+
+
+def recurrence() -> tuple[Any, Any, Any]:
+    w, v, h0, xs = arrays(2, (I, 2 * H), (H, 2 * H), (B, H), (T, B, I))
+    return {"in": w, "hidden": v}, h0, {"x": xs}
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("k", "chunk"), [(None, 1), (T, 1), (4, 2), (3, 3), (1, T)])
+def test_a_scan_is_laxs(k, chunk, reverse):
+    params, h0, xs = recurrence()
+
+    def expected_run(params: Any, h0: Any, xs: Any) -> Any:
+        def body(h: Any, x: Any) -> Any:
+            gate, update = cell(params, h, x)
+            return (h := gate * h + update), h
+
+        return jax.lax.scan(body, h0, xs, reverse=reverse)
+
+    run = partial(hb.scan, cell, iterations=k, chunk=chunk, reverse=reverse)
+    close(run(params, h0, xs), expected_run(params, h0, xs))
+    close(gradient(run, params, h0, xs), gradient(expected_run, params, h0, xs))
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("k", [0, 1, 2, T, None])
+def test_a_gru_in_three_ways(k, chunk):
+    shapes = ((3 * H, I), (3 * H, H), (3 * H,), (3 * H,))
+    params = hbp.cells.GRUParameters(*arrays(3, *shapes))
+    xs, h0 = arrays(4, (T, B, I), (B, H))
+
+    def as_cell(params: Any, h: Any, x: Any) -> Any:
+        a = jnp.split(x @ params.weight_ih.T + params.bias_ih, 3, -1)
+        b = jnp.split(h @ params.weight_hh.T + params.bias_hh, 3, -1)
+        r, z = jax.nn.sigmoid(a[0] + b[0]), jax.nn.sigmoid(a[1] + b[1])
+        return z, (1 - z) * jnp.tanh(a[2] + r * b[2])
+
+    run = partial(hb.gru, iterations=k, chunk=chunk)
+    found = gradient(run, params, xs, h0)
+    dparams, dh0, dxs = gradient(partial(hb.scan, as_cell, iterations=k, chunk=chunk), params, h0, xs)
+    close(found, (dparams, dxs, dh0))
+    _, pullback = hbp.cells.gru(jax.tree.map(np.asarray, params), np.asarray(xs), np.asarray(h0))
+    last, h = run(params, xs, h0)
+    assert (last == h[-1]).all()
+    dh = np.array(2 * jnp.cos(2 * h))
+    dh[-1] += np.cos(last)
+    expected = pullback(dh, iterations=k, chunk=chunk)
+    close(found, jax.tree.map(jnp.asarray, tuple(expected)))
+
+
+@pytest.mark.parametrize(("k", "chunk"), [(0, 1), (2, 1), (1, 3), (T, 1), (3, 3)])
+def test_an_lstm(k, chunk):
+    shapes = ((4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
+    params = hbp.cells.LSTMParameters(*arrays(5, *shapes))
+    xs, h0, c0 = arrays(6, (T, B, I), (B, H), (B, H))
+    found = gradient(partial(hb.lstm, iterations=k, chunk=chunk), params, xs, (h0, c0))
+    exact = gradient(partial(hb.lstm, iterations=None), params, xs, (h0, c0))
+    (last, memory), h = hb.lstm(params, xs, (h0, c0), iterations=k)
+    as_numpy = jax.tree.map(np.asarray, (params, xs, (h0, c0)))
+    _, pullback = hbp.cells.lstm(*as_numpy)
+    dh, dc = np.array(3 * jnp.cos(3 * h)), np.zeros((T, B, H))
+    dh[-1] += np.cos(last)
+    dc[-1] = 2 * np.cos(2 * memory)
+    close(found, jax.tree.map(jnp.asarray, tuple(pullback((dh, dc), iterations=k, chunk=chunk))))
+    if k * chunk >= T:
+        close(found, exact)
+
+
+def test_transforms_compose():
+    params, x = stack()
+    run = partial(hb.sequential, layer, iterations=3)
+
+    def loss(params: Any, x: Any) -> Any:
+        return value(run(params, x))
+
+    expected = jax.grad(loss)(params, x)
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), params)
+    found = jax.vmap(jax.grad(loss), (0, None))(many, x)  # over models
+    close(jax.tree.map(lambda leaf: leaf[0], found), expected)
+    found = jax.vmap(jax.grad(loss), (None, 0))(params, jnp.stack([2 * x, x]))  # over data
+    close(jax.tree.map(lambda leaf: leaf[1], found), expected)
+    found = jax.lax.map(lambda x: jax.grad(loss)(params, x), jnp.stack([x, x]))
+    close(jax.tree.map(lambda leaf: leaf[1], found), expected)
+    close(jax.grad(jax.checkpoint(loss))(params, x), expected)
+    close(jax.jit(jax.value_and_grad(loss))(params, x)[1], expected)
+    jax.jvp(partial(hb.sequential, layer, iterations=None), (params, x), (params, x))  # the plain program
+
+
+def test_a_layer_may_close_over_a_vmapped_array():
+    params, x = stack()
+    (scales,) = arrays(7, (2, D))
+
+    def run(scale: Any, params: Any) -> Any:
+        return value(hb.sequential(lambda own, state: layer(own, state, scale), params, x, iterations=L))
+
+    def expected(scale: Any, params: Any) -> Any:
+        return value(plain(params, x, scale))
+
+    close(jax.vmap(jax.grad(run, (0, 1)), (0, None))(scales, params),
+          jax.vmap(jax.grad(expected, (0, 1)), (0, None))(scales, params))  # fmt: skip
+
+
+def test_one_compilation_per_k():
+    params, x = stack()
+    traced = []
+
+    @partial(jax.jit, static_argnames="k", donate_argnums=1)
+    def step(params: Any, x: Any, k: int | None) -> Any:
+        traced.append(k)
+        return jax.grad(lambda params: value(hb.sequential(layer, params, x, iterations=k)))(params), x
+
+    schedule = hbp.Schedule({0: 1, 3: 2, 5: None})
+    for i in range(7):
+        step(params, x + i, schedule(i))
+    assert traced == [1, 2, None]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtypes_stay(dtype):
+    params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), stack())
+    found = gradient(partial(hb.sequential, layer, iterations=2), params, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
+    mixed = {**params, "b": params["b"].astype("float32")}
+
+    def cast(own: Any, state: Any) -> Any:
+        return layer(own, state).astype(state.dtype)
+
+    found = gradient(partial(hb.sequential, cast, iterations=2), mixed, x)
+    assert found[0]["b"].dtype == jnp.float32
+
+
+def test_without_x64():
+    with jax.enable_x64(False):
+        params, x = jax.tree.map(lambda leaf: leaf.astype("float32"), stack())
+        found = gradient(partial(hb.sequential, layer, iterations=L), params, x)
+        close(found, gradient(plain, params, x), 1e-4)
+        assert not jax.config.jax_enable_x64
+
+
+def test_no_layers_and_no_gradient():
+    params, x = stack()
+    assert (hb.sequential(layer, jax.tree.map(lambda leaf: leaf[:0], params), x, iterations=2) == x).all()
+
+
+def test_diagnosis(capsys):
+    params, x = stack()
+
+    def loss(params: Any, x: Any, iterations: Any, chunk: int) -> Any:
+        return value(hb.sequential(layer, params, x, iterations=iterations, chunk=chunk))
+
+    found = hb.diagnose(loss, params, x, iterations=(0, 1, L), chunks=(1, 2))
+    exact = jax.grad(loss)(params, x, None, 1)
+    for row in found.rows:
+        ours = jax.grad(loss)(params, x, row.iterations, row.chunk)
+        a, b = (np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for g in (ours, exact))
+        assert row.overall.error == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b), rel=1e-6, abs=1e-9)
+        assert row.overall.cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+        (report,) = row.reports.values()
+        assert len(report.increments) == min(row.iterations, -(-L // row.chunk)) + 1
+        assert report.exact == (row.iterations == L)
+    assert list(found.rows[0].layers) == ["['b']", "['w']"]
+    assert found.advice in capsys.readouterr().out
+
+    def recurrent(params: Any, xs: Any, iterations: Any, chunk: int) -> Any:
+        return value(hb.gru(params, xs, jnp.zeros((B, H)), iterations=iterations, chunk=chunk))
+
+    weights = hbp.cells.GRUParameters(*arrays(3, (3 * H, I), (3 * H, H)))
+    assert hb.diagnose(recurrent, weights, arrays(4, (T, B, I))[0], iterations=(T,)).rows[0].overall.error < 1e-6
+
+    def cancelling(w: Any, x: Any, iterations: Any, chunk: int) -> Any:
+        return hb.sequential(lambda w, x: w * x, w, x, iterations=iterations, chunk=chunk).sum()
+
+    hb.diagnose(cancelling, 0.1 * jnp.ones(9), jnp.ones(2), iterations=(2,))
+    assert "damp the split" in capsys.readouterr().out
+
+
+PARAMS, X = (lambda: stack()[0]), (lambda: stack()[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: hb.sequential(layer, {"w": jnp.asarray(1.0)}, X(), iterations=1), ValueError, r"params\['w'\] has no"),
+        (
+            lambda: hb.sequential(layer, {**PARAMS(), "b": jnp.ones((3, D))}, X(), iterations=1),
+            ValueError,
+            "different lengths on axis 0, the axis of the layers: .*'b'.*: 3, .*'w'.*: 7",
+        ),
+        (lambda: hb.sequential(layer, {}, X(), iterations=1), ValueError, "params holds no arrays"),
+        (lambda: hb.sequential(lambda p, x: x[:1], PARAMS(), X(), iterations=1),
+         ValueError, r"the layer returns float64 of shape \(1, 4\); its state"),
+        (lambda: hb.sequential(lambda p, x: x.astype("float32"), PARAMS(), X(), iterations=1),
+         ValueError, "must keep both"),
+        (lambda: hb.sequential(lambda p, x: (x, x), PARAMS(), X(), iterations=1),
+         TypeError, "the layer returns PyTreeDef"),
+        (lambda: hb.sequential(layer, PARAMS(), X().astype(int), iterations=1), TypeError, "x is int64; give real"),
+        (lambda: hb.sequential(layer, PARAMS(), X(), iterations=-1), ValueError, "iterations=-1 is too small"),
+        (lambda: hb.sequential(layer, PARAMS(), X(), iterations=1, chunk=0), ValueError, "chunk=0 is too small"),
+        (
+            lambda: jax.jit(lambda k: hb.sequential(layer, PARAMS(), X(), iterations=k))(2),
+            TypeError,
+            "iterations is traced; give a Python int",
+        ),
+        (
+            lambda: hb.sequential(layer, PARAMS(), X(), iterations=hbp.Schedule({0: 1})),
+            TypeError,
+            "iterations is a Schedule; call it",
+        ),
+        (
+            lambda: hb.sequential(lambda p, s: s, PARAMS(), (X(), X()), iterations=1, residual=hbp.Diagonal(X())),
+            TypeError,
+            "states that are pytrees take",
+        ),
+        (
+            lambda: gradient(partial(hb.sequential, layer, iterations=1, residual=lambda p, x: 1.0), PARAMS(), X()),
+            TypeError,
+            "residual returned a float; return one of hbp's operators",
+        ),
+        (lambda: hb.scan(lambda p, h, x: h, *recurrence(), iterations=1),
+         TypeError, "the cell returns a .*; expected two"),
+        (lambda: hb.scan(lambda p, h, x: (h, h[0]), *recurrence(), iterations=1),
+         ValueError, r"the cell's update is .* of shape \(5,\)"),
+        (lambda: hb.scan(cell, *recurrence()[:2], {"x": 1.0}, iterations=1), ValueError, r"xs\['x'\] has no axis"),
+        (lambda: hb.diagnose(lambda *_, **__: jnp.ones(2), 1.0, 1.0), ValueError, "a diagnosis needs a finite scalar"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
