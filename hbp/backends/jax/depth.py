@@ -23,9 +23,12 @@ class DepthParallel(JaxBackend):
     forward pass from device to device, and per scan one state and one residual map of each device.
     """
 
-    def __init__(self, axis: Any) -> None:
+    def __init__(self, axis: Any, plain: bool) -> None:
         super().__init__()
         self.axis = axis
+        # Where JAX differentiates the run, gradients of what devices share are summed over them inside the layers,
+        # by all devices: then none may rest, and those not in turn compute what is dropped.
+        self.plain = plain
         self.devices: int = lax.axis_size(axis)
 
     def check(self, length: int, chunk: int) -> None:
@@ -48,7 +51,10 @@ class DepthParallel(JaxBackend):
 
         def turn(turn: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             arriving, first, after = carry
-            found = lax.cond(here == turn, at_work, at_rest, arriving)
+            if self.plain:
+                found = tuple(jnp.where(here == turn, states, 0) for states in at_work(arriving))
+            else:
+                found = lax.cond(here == turn, at_work, at_rest, arriving)
             arriving = lax.ppermute(found[1][-1], self.axis, [(i, i + 1) for i in range(self.devices - 1)])
             return arriving, first + found[0], after + found[1]
 

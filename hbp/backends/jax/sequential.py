@@ -75,7 +75,7 @@ def sequential(
         found = layer(row, unravel(state), *shared)
         return found if single else ravel_pytree(found)[0]
 
-    depth = None if axis_name is None else DepthParallel(axis_name)
+    depth = None if axis_name is None else DepthParallel(axis_name, plain=k is None)
     run = in_turn if depth is None else depth.run
     if k is None:
         states = run(on_arrays, shared, params, flat)[1]
