@@ -72,8 +72,8 @@ class ArrayBackend:
         """The solution for `Scalar`, `Diagonal` and `Dense` in a dtype that needs no widening."""
         return sequential(operator, c, self)
 
-    def scan(self, step: Callable[[Any, Any], Any], carry: Any, length: int, reverse: bool = False) -> Any:
-        return loop(step, carry, length, reverse, backend=self)
+    def scan(self, step: Callable[[Any, Any], Any], carry: Any, rows: Array | int, reverse: bool = False) -> Any:
+        return loop(step, carry, rows, reverse, backend=self)
 
     def norm(self, x: Array) -> float:
         wide = (self.widened(x) if dtype_name(x) in HALF else x).reshape(-1)

@@ -67,11 +67,11 @@ def gru(
     resolved = check_cell(3, params, x, {"h0": h0}, backend)
     inputs = project(x, params.weight_ih, params.bias_ih)
 
-    def step(h: Array, t: Any) -> Array:
-        _, z, n, _ = _gates(params, inputs[t], h, resolved)
+    def step(h: Array, row: Array) -> Array:
+        _, z, n, _ = _gates(params, row, h, resolved)
         return n + z * (h - n)
 
-    h = resolved.scan(step, h0, len(x))
+    h = resolved.scan(step, h0, inputs)
     return h, GRUPullback(params, x, h0, h, resolved)
 
 

@@ -70,13 +70,13 @@ def lstm(
     resolved = check_cell(4, params, x, {"h0": h0, "c0": c0}, backend)
     inputs = project(x, params.weight_ih, params.bias_ih, params.bias_hh)
 
-    def step(state: tuple[Array, Array], t: Any) -> tuple[Array, Array]:
+    def step(state: tuple[Array, Array], row: Array) -> tuple[Array, Array]:
         h, c = state
-        i, f, g, o = _gates(params, inputs[t], h, resolved)
+        i, f, g, o = _gates(params, row, h, resolved)
         c = f * c + i * g
         return o * resolved.xp.tanh(c), c
 
-    h, c = resolved.scan(step, (h0, c0), len(x))
+    h, c = resolved.scan(step, (h0, c0), inputs)
     return (h, c), LSTMPullback(params, x, (h0, c0), (h, c), resolved)
 
 

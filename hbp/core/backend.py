@@ -44,8 +44,8 @@ class Backend(Protocol):
     def propagate(self, operator: LinearOperator, c: Array) -> Array:
         """Solve ``g[i] = A[i] g[i+1] + c[i]``, ``g[L] = c[L]``: a suffix scan (`hbp.core.scan.sequential`)."""
 
-    def scan(self, step: Callable[[Any, Any], Any], carry: Any, length: int, reverse: bool = False) -> Any:
-        """The carries after each ``carry = step(carry, i)``, stacked in the order of i (`hbp.core.scan.loop`)."""
+    def scan(self, step: Callable[[Any, Any], Any], carry: Any, rows: Array | int, reverse: bool = False) -> Any:
+        """The carries after each ``carry = step(carry, row)``, stacked in the rows' order (`hbp.core.scan.loop`)."""
 
     def norm(self, x: Array) -> float:
         """The Euclidean norm of all entries, as a Python float."""

@@ -79,14 +79,18 @@ def propagate_pair(operator: Pair, c: Array, backend: Backend) -> Array:
     return backend.concat([left * s[..., None, :] + c[:-1], c[-1:]])
 
 
-def loop(step: Callable[[Any, Any], Any], carry: Any, length: int, reverse: bool = False, *, backend: Backend) -> Any:
-    """The carries after each ``carry = step(carry, i)``, stacked in the order of i: the definition of a scan.
+def loop(
+    step: Callable[[Any, Any], Any], carry: Any, rows: Array | int, reverse: bool = False, *, backend: Backend
+) -> Any:
+    """The carries after each ``carry = step(carry, row)``, stacked in the rows' order: the definition of a scan.
 
-    A carry is an array or a tuple of arrays; in a reverse scan i runs from ``length - 1`` to 0.
+    A carry is an array or a tuple of arrays. The rows are an array's, or, for a number, 0, 1, ... below it; a reverse
+    scan takes them from the last to the first.
     """
+    items = range(rows) if isinstance(rows, int) else rows
     carries = []
-    for i in reversed(range(length)) if reverse else range(length):
-        carry = step(carry, i)
+    for i in reversed(range(len(items))) if reverse else range(len(items)):
+        carry = step(carry, items[i])
         carries.append(carry)
     if reverse:
         carries.reverse()

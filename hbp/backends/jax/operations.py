@@ -37,12 +37,12 @@ class JaxBackend(ArrayBackend):
             return hillis_steele(operator, c, self)
         return _suffix_scan(operator, c)
 
-    def scan(self, step: Callable[[Any, Any], Any], carry: Any, length: int, reverse: bool = False) -> Any:
-        def body(carry: Any, i: Array) -> tuple[Any, Any]:
-            carry = step(carry, i)
+    def scan(self, step: Callable[[Any, Any], Any], carry: Any, rows: Array | int, reverse: bool = False) -> Any:
+        def body(carry: Any, row: Array) -> tuple[Any, Any]:
+            carry = step(carry, row)
             return carry, carry
 
-        return jax.lax.scan(body, carry, jnp.arange(length), reverse=reverse)[1]
+        return jax.lax.scan(body, carry, jnp.arange(rows) if isinstance(rows, int) else rows, reverse=reverse)[1]
 
     def norm(self, x: Array) -> float:
         if isinstance(x, jax.core.Tracer):
