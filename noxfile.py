@@ -12,6 +12,7 @@ nox.options.sessions = ["lint", "numpy", "torch", "jax", "cupy"]
 PROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PROJECT, "test")
 TEST_TORCH = nox.project.dependency_groups(PROJECT, "test-torch")
+TEST_JAX = nox.project.dependency_groups(PROJECT, "test-jax")
 LINT = nox.project.dependency_groups(PROJECT, "lint")
 CONSTRAINTS = ("-c", "tests/constraints.txt")
 
@@ -39,7 +40,7 @@ def torch(session: nox.Session) -> None:
 
 @nox.session
 def jax(session: nox.Session) -> None:
-    session.install("-e", ".[jax]", *TEST)
+    session.install("-e", ".[jax]", *TEST_JAX)
     session.run("pytest", "--backends=numpy,jax", *session.posargs)
 
 

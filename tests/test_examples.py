@@ -48,11 +48,11 @@ def test_language_model_gru(monkeypatch):
     assert len({round(row["loss"], 3) for row in rows}) == 1
 
 
-@pytest.mark.parametrize("library", ["torch"])
+@pytest.mark.parametrize("library", ["jax", "torch"])
 def test_docstrings(library):
     pytest.importorskip(library)
     package = importlib.import_module(f"hbp.backends.{library}")
     names = [f"hbp.backends.{library}.{found.name}" for found in pkgutil.walk_packages(package.__path__)]
     results = [doctest.testmod(importlib.import_module(name)) for name in names]
-    assert sum(result.attempted for result in results) > 10
+    assert sum(result.attempted for result in results) >= 10
     assert not any(result.failed for result in results)

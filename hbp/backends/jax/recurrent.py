@@ -12,6 +12,7 @@ from hbp import cells
 from hbp.backends.jax.chains import BACKEND, Tree, highway_states, in_turn
 from hbp.backends.jax.checks import check_iterations, check_stacked, check_state, closed
 from hbp.backends.jax.watching import solver, watched
+from hbp.cells._common import check_cell
 from hbp.core.backend import Array, check_count
 from hbp.core.operator import Diagonal
 
@@ -85,13 +86,11 @@ def gru(
     """
     k, chunk = check_iterations(iterations), check_count("chunk", chunk, 1)
     backend, watch = watched()
+    check_cell(3, params, xs, {"h0": h0}, BACKEND)
     if k is None:
-        h = cells.gru(params, xs, h0, backend=BACKEND)[0]
+        h = _gru_states(params, xs, h0)
         return h[-1], h
-
-    @jax.custom_vjp
-    def states(params: Any, xs: Array, h0: Array) -> Array:
-        return cells.gru(params, xs, h0, backend=BACKEND)[0]
+    states = jax.custom_vjp(_gru_states)
 
     def forward(params: Any, xs: Array, h0: Array) -> tuple[Array, Any]:
         h = states(params, xs, h0)
@@ -112,13 +111,13 @@ def lstm(
     """An LSTM over (T, B, I) from ``(h0, c0)``: ``((h_T, c_T), h)``. Otherwise as `gru`."""
     k, chunk = check_iterations(iterations), check_count("chunk", chunk, 1)
     backend, watch = watched()
+    if not isinstance(h0, tuple | list) or len(h0) != 2:
+        raise TypeError(f"the initial state of an LSTM is a pair (h0, c0), not a {type(h0).__name__}")
+    check_cell(4, params, xs, {"h0": h0[0], "c0": h0[1]}, BACKEND)
     if k is None:
-        (h, c), _ = cells.lstm(params, xs, h0, backend=BACKEND)
+        h, c = _lstm_states(params, xs, h0)
         return (h[-1], c[-1]), h
-
-    @jax.custom_vjp
-    def states(params: Any, xs: Array, h0: Any) -> tuple[Array, Array]:
-        return cells.lstm(params, xs, h0, backend=BACKEND)[0]
+    states = jax.custom_vjp(_lstm_states)
 
     def forward(params: Any, xs: Array, h0: Any) -> tuple[Any, Any]:
         found = states(params, xs, h0)
@@ -131,6 +130,39 @@ def lstm(
     states.defvjp(forward, backward)
     h, c = states(params, xs, tuple(h0))
     return (h[-1], c[-1]), h
+
+
+# The cells' forward passes as one would write them in JAX: they differentiate 10 to 25 % faster than the
+# backend-neutral ones (benchmarks/jax_steps.py), whose slices leave paddings in the reverse.
+
+
+def _gru_states(params: cells.GRUParameters, xs: Array, h0: Array) -> Array:
+    def step(h: Array, inputs: Array) -> tuple[Array, Array]:
+        (ar, az, an), (br, bz, bn) = (
+            jnp.split(a, 3, -1) for a in (inputs, _linear(h, params.weight_hh, params.bias_hh))
+        )
+        r, z = jax.nn.sigmoid(ar + br), jax.nn.sigmoid(az + bz)
+        n = jnp.tanh(an + r * bn)
+        h = n + z * (h - n)
+        return h, h
+
+    states: Array = jax.lax.scan(step, h0, _linear(xs, params.weight_ih, params.bias_ih))[1]
+    return states
+
+
+def _lstm_states(params: cells.LSTMParameters, xs: Array, h0: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(state: tuple[Array, Array], inputs: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        i, f, g, o = jnp.split(inputs + _linear(state[0], params.weight_hh, params.bias_hh), 4, -1)
+        c = jax.nn.sigmoid(f) * state[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
+        state = jax.nn.sigmoid(o) * jnp.tanh(c), c
+        return state, state
+
+    states: tuple[Array, Array] = jax.lax.scan(step, tuple(h0), _linear(xs, params.weight_ih, params.bias_ih))[1]
+    return states
+
+
+def _linear(x: Array, weight: Array, bias: Array | None) -> Array:
+    return x @ weight.T if bias is None else x @ weight.T + bias
 
 
 def _check_cell(found: Any, h: Array) -> None:
