@@ -248,6 +248,16 @@ def test_a_graph_is_freed_by_its_backward_or_when_dropped():
         gc.enable()
 
 
+@pytest.mark.parametrize("k", [None, 0, 2])
+def test_nan_goes_through(k):
+    for model in (hb.convert(Model(), k), hb.Sequential(*(Layer() for _ in range(3)), iterations=k)):
+        x = torch.full((2, 3 if isinstance(model, Model) else D), float("nan"), requires_grad=True)
+        loss = model(x).sum()
+        loss.backward()
+        assert loss.isnan()
+        assert x.grad.isnan().all()
+
+
 class Cache:
     def __init__(self) -> None:
         self.layers: list[Any] = []

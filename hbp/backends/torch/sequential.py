@@ -17,8 +17,10 @@ OPTIONS = ("iterations", "chunk", "residual", "damping", "tolerance", "stacked",
 class Sequential(Stack, nn.Sequential):
     """`torch.nn.Sequential` of layers that keep their input's shape, with a backward pass parallel over them.
 
-    Each layer runs once; its own graph stays, and the backward pulls back through all of them at once and scans along
-    their residual maps. Randomness and buffers are those of the one forward pass.
+    Each layer runs once in the forward; its own graph stays, and the backward pulls back through all of them at once
+    and scans along their residual maps. Randomness and buffers are those of that one run. A tensor that needs gradients
+    and is neither a layer's parameter nor given to it is refused, as are second derivatives; `torch.compile` breaks its
+    graph at each layer.
 
     Args:
         *layers: whole layers, skip included; those of `Residual` and `PostNorm` know their residual map, any other
