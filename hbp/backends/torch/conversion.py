@@ -32,13 +32,15 @@ def convert(
 ) -> Model:
     """Give the stack of layers inside a model a backward pass by Highway-BP, in place.
 
-    The layers stay where they are, with their weights, hooks and names; only their ``forward`` is taken over, so the
-    model's own loop goes on calling them one by one, on all of the list or on a slice, with its own arguments. Calls without gradients, as in ``generate``, and ``iterations=None`` are the layers' own. What the calls
-    return may be used in a loss, intermediate states too; gradients *of* intermediate states (``retain_grad``) hold
-    only what enters there from outside. A tensor that needs gradients and is neither a layer's parameter nor given to
-    it (from a closure, an attribute, a hook that computes weights) is refused, as is a loss on a tensor from inside a
+    The layers stay where they are, with their weights, hooks and names; only their ``forward`` is taken over, so
+    the model's own loop goes on calling them one by one, on all of the list or on a slice, with its own arguments.
+    Calls without gradients, as in ``generate``, and ``iterations=None`` are the layers' own. What the calls return
+    may be used in a loss, intermediate states too; gradients *of* intermediate states (``retain_grad``) hold only
+    what enters there from outside. A tensor that needs gradients and is neither a layer's parameter nor given to it
+    (from a closure, an attribute, a hook that computes weights) is refused, as is a loss on a tensor from inside a
     layer. A loop that changes the state between layers is exact there, and said so once. `torch.compile` breaks its
-    graph at each layer. How the last backward pass pulled back: ``layer.forward.stack.path``. What was converted is logged ("hbp", level INFO); `revert` undoes it.
+    graph at each layer. How the last backward pass pulled back: ``layer.forward.stack.path``. What was converted is
+    logged ("hbp", level INFO); `revert` undoes it.
 
     Args:
         model: any module that calls the entries of a `torch.nn.ModuleList` or `torch.nn.Sequential` one after
