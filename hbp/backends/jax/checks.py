@@ -31,7 +31,7 @@ def check_stacked(what: str, tree: Any) -> int:
     Raises:
         ValueError: there are no arrays, or they share none.
     """
-    lengths = {}
+    lengths: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         shape = jnp.shape(leaf)
         if not shape:
