@@ -64,6 +64,29 @@ expected = jax.grad(partial(loss, run), (0, 1, 2))(params, x, scale)
 for check in (True, False):
     spread = jax.shard_map(run, mesh=mesh, in_specs=(P(), P("i"), P()), out_specs=P("i"), check_vma=check)
     close(jax.jit(jax.grad(partial(loss, spread), (0, 1, 2)))(params, x, scale), expected)
+weights = hbp.cells.GRUParameters(*(jnp.asarray(0.3 * rng.normal(size=s)) for s in ((15, D), (15, 5))))
+def recurrent(weights, xs):
+    return hb.gru(weights, xs, jnp.zeros((xs.shape[1], 5)), iterations=2)[1]
+xs = jnp.asarray(rng.normal(size=(6, B, D)))
+spread = jax.shard_map(recurrent, mesh=mesh, in_specs=(P(), P(None, "i")), out_specs=P(None, "i"))
+expected = jax.grad(partial(loss, recurrent), (0, 1))(weights, xs)
+close(jax.jit(jax.grad(partial(loss, spread), (0, 1)))(weights, xs), expected)
+both = Mesh(np.array(jax.devices()).reshape(2, -1), ("data", "i"))
+for k in (None, 2):
+    run = partial(hb.sequential, layer, iterations=k)
+    spread = jax.shard_map(
+        partial(run, axis_name="i"), mesh=both, in_specs=(P("i"), P("data"), P()), out_specs=P("data")
+    )
+    expected = jax.grad(partial(loss, run), (0, 1, 2))(params, x, scale)
+    close(jax.jit(jax.grad(partial(loss, spread), (0, 1, 2)))(params, x, scale), expected)
+def narrow(w, x):
+    return jnp.sqrt(x - w)
+w, at = jnp.concatenate([-8.0 * jnp.ones((L // 2, 1)), jnp.zeros((L // 2, 1))]), jnp.array([-4.0])
+run = partial(hb.sequential, narrow, iterations=None)
+spread = jax.shard_map(partial(run, axis_name="i"), mesh=mesh, in_specs=(P("i"), P()), out_specs=P())
+close(jax.jit(jax.grad(lambda w: spread(w, at).sum()))(w), jax.grad(lambda w: run(w, at).sum())(w))
+run = partial(hb.sequential, layer, iterations=2)
+expected = jax.grad(partial(loss, run), (0, 1, 2))(params, x, scale)
 sharded = jax.device_put(x, NamedSharding(mesh, P("i")))
 close(jax.jit(jax.grad(partial(loss, run), (0, 1, 2)))(params, sharded, scale), expected)
 

@@ -248,6 +248,56 @@ def test_a_layer_may_close_over_a_vmapped_array():
           jax.vmap(jax.grad(expected, (0, 1)), (0, None))(scales, params))  # fmt: skip
 
 
+PROGRAMS = {
+    "grad": lambda f: jax.grad(f),
+    "grad of jit": lambda f: jax.grad(jax.jit(f)),
+    "jit of grad": lambda f: jax.jit(jax.grad(f)),
+    "grad of checkpoint": lambda f: jax.grad(lambda w, m: jax.checkpoint(f)(w, m)),
+    "grad of vmap": lambda f: jax.grad(lambda w, m: jax.vmap(lambda m: f(w, m))(jnp.stack([m, m])).mean()),
+    "grad of scan": lambda f: jax.grad(lambda w, m: jax.lax.scan(lambda c, m: (c, f(w, m)), 0, m[None])[1].sum()),
+    "grad of cond": lambda f: jax.jit(jax.grad(lambda w, m: jax.lax.cond(m[0], lambda: f(w, m), lambda: 0.0))),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_masks_and_traced_residuals_may_be_closed_over(name):
+    params, x = stack()
+    mask = jnp.array([True, False, True, True])
+
+    def loss(w: Any, mask: Any, k: int | None = L) -> Any:
+        def masked(own: Any, x: Any) -> Any:
+            return x + jnp.where(mask, jnp.tanh(x @ own), 0)
+
+        def residual(_: Any, x: Any) -> Any:
+            return hbp.Diagonal(jnp.where(mask, 0.9, 1.0) + 0 * x)
+
+        y = value(hb.sequential(masked, w, x, iterations=k, residual=residual))
+        return y + value(
+            hb.sequential(masked, w, x, iterations=k, residual=hbp.Scalar(jnp.full(L, mask.mean().astype(x.dtype))))
+        )
+
+    expected = jax.grad(partial(loss, k=None))(params["w"], mask)
+    close(PROGRAMS[name](loss)(params["w"], mask), expected)
+
+
+def test_the_padding_of_the_last_stage_has_no_derivatives():
+    w, x = jnp.array([1.0, 2.0, 0.0]), jnp.array([4.0])  # the last layer has none at its own result
+
+    def loss(w: Any, chunk: int) -> Any:
+        run = hb.sequential(lambda w, x: w * jnp.sqrt(x), w, x, iterations=3, chunk=chunk, residual=hbp.Zero())
+        return run.sum()
+
+    close(jax.grad(loss)(w, 2), jax.grad(loss)(w, 1))
+
+
+def test_numbers_for_states_and_no_steps():
+    found = jax.grad(lambda h: hb.scan(lambda p, h, x: (x, jnp.tanh(p * h)), 2.0, h, jnp.ones(4), iterations=9)[0])(0.3)
+    assert np.isfinite(found)
+    last, h = hb.scan(cell, *recurrence()[:2], {"x": jnp.ones((0, B, I))}, iterations=1)
+    assert h.shape == (0, B, H)
+    assert (last == recurrence()[1]).all()
+
+
 def test_one_compilation_per_k():
     params, x = stack()
     traced = []
@@ -314,6 +364,11 @@ def test_diagnosis(capsys):
 
     weights = hbp.cells.GRUParameters(*arrays(3, (3 * H, I), (3 * H, H)))
     assert hb.diagnose(recurrent, weights, arrays(4, (T, B, I))[0], iterations=(T,)).rows[0].overall.error < 1e-6
+
+    compiled = hb.diagnose(jax.jit(loss, static_argnames=("iterations", "chunk")), params, x, iterations=(1,))
+    assert len(compiled.rows[0].reports) == 1
+    found = hb.diagnose(lambda p, x, iterations, chunk: value(plain(p, x)), params, x, iterations=(1,))
+    assert found.advice.startswith("no backward pass by Highway-BP was seen")
 
     def cancelling(w: Any, x: Any, iterations: Any, chunk: int) -> Any:
         return hb.sequential(lambda w, x: w * x, w, x, iterations=iterations, chunk=chunk).sum()

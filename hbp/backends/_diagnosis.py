@@ -111,6 +111,8 @@ class Diagnosis:
             if row is None
             else f"recommended for an error of {self.target:.2g}: iterations={row.iterations}, chunk={row.chunk}"
         )
+        if not any(row.reports for row in self.rows):
+            return "no backward pass by Highway-BP was seen: does the loss hand iterations and chunk on?"
         bad = next((r for row in self.rows for r in row.reports.values() if r.diverges), None)
         return found + ("" if bad is None else f"\nthe split diverges at some settings: {ADVICE}")
 

@@ -20,7 +20,7 @@ Tree: TypeAlias = Any
 Layer: TypeAlias = Callable[[Tree, Tree, Array], Array]
 """``layer(shared, row, state) -> state`` with what all layers share and what each has of its own."""
 Maps: TypeAlias = Callable[[Tree, Tree, Array, Array], LinearOperator]
-"""``maps(shared, row, before, after) -> one residual map``."""
+"""``maps(shared, rows, before, after)`` -> the residual maps of all layers."""
 Solve: TypeAlias = Callable[[LayerChain, Array, Array], Array]
 """``solve(chain, cotangent, sources)`` -> all of g."""
 Run: TypeAlias = Callable[[Layer, Tree, Tree, Array], tuple[Array, Array]]
@@ -41,7 +41,7 @@ def in_turn(layer: Layer, shared: Tree, rows: Tree, x: Array) -> tuple[Array, Ar
 
 def highway_states(
     layer: Layer,
-    maps: Maps | LinearOperator,
+    maps: Maps,
     shared: Tree,
     rows: Tree,
     x: Array,
@@ -54,7 +54,7 @@ def highway_states(
 
     Args:
         layer: one layer, with no arrays closed over.
-        maps: the residual maps of the L layers, or a function that gives one of them.
+        maps: gives the residual maps of the L layers.
         shared, rows: what all layers share, and what each has of its own, with a leading axis of L.
         x: the first state.
         chunk: layers per stage.
@@ -75,18 +75,18 @@ def highway_states(
 
     def forward(real: list[Array], fixed: list[Array], x: Array) -> tuple[Array, Any]:
         start, y = run(layer, *joined(real, fixed), x)
-        return y, (real, fixed, start, y)
+        return y, (real, fixed, x, start, y)
 
     def backward(saved: Any, dy: Array) -> tuple[list[Array], None, Array]:
-        real, fixed, start, y = saved
+        real, fixed, x, start, y = saved
         before, length = jnp.concatenate([start[None], y[:-1]]), len(y)
         size = min(chunk, length)
-        residual = maps if isinstance(maps, LinearOperator) else _mapped(maps, *joined(real, fixed), before, y)
-        residual = products(residual.bind(length, start, BACKEND), length, size, BACKEND)
+        residual = maps(*joined(real, fixed), before, y).bind(length, start, BACKEND)
+        residual = products(residual, length, size, BACKEND)
 
         def stages(real: list[Array], starts: Array) -> Array:
             shared, rows = joined(real, fixed)
-            return jax.vmap(partial(_stage, layer, shared))(_cut(rows, length, size), starts)
+            return jax.vmap(partial(_stage, layer, shared, before[-1]))(_cut(rows, length, size), starts)
 
         starts = before[::size]
         pull = jax.vjp(partial(stages, real), starts)[1]
@@ -97,7 +97,7 @@ def highway_states(
         chain = LayerChain(StagePullbacks(pull, len(starts), size), residual, (tuple(start.shape), dtype_name(start)))
         g = solve(chain, own[-1, -1], entering)
         (dreal,) = jax.vjp(lambda real: stages(real, starts), real)[1](own.at[:, -1].set(g[1:]))
-        return [_as_varying_as(leaf, d) for leaf, d in zip(real, dreal, strict=True)], None, g[0]
+        return jax.tree.map(as_varying_as, real, dreal), None, as_varying_as(x, g[0])
 
     states.defvjp(forward, backward)
     real = [leaf for leaf, own in zip(leaves, inexact, strict=True) if own]
@@ -133,20 +133,22 @@ class StagePullbacks:
         return self.pull(zeros.at[i, -1].set(cotangent))[0][i]
 
 
-def _mapped(maps: Maps, shared: Tree, rows: Tree, before: Array, after: Array) -> LinearOperator:
-    """The residual maps of all layers, as one stack."""
-    stack: LinearOperator = jax.vmap(maps, (None, 0, 0, 0))(shared, rows, before, after)
-    return stack
+def of_each(one: Callable[[Tree, Tree, Array, Array], LinearOperator]) -> Maps:
+    """The residual maps of all layers, from a function that gives that of one."""
+    return jax.vmap(one, (None, 0, 0, 0))  # type: ignore[no-any-return]
 
 
-def _stage(layer: Layer, shared: Tree, rows: tuple[Tree, Array | None], start: Array) -> Array:
-    """The states inside one stage, (size, ...); behind the chain's end its last state stays."""
+def _stage(layer: Layer, shared: Tree, safe: Array, rows: tuple[Tree, Array | None], start: Array) -> Array:
+    """The states inside one stage, (size, ...); behind the chain's end its last state stays.
+
+    What fills the last stage up is the last layer on ``safe``, its own input, so that no derivative is lost there.
+    """
     own, there = rows
     if there is None:
         return in_turn(layer, shared, own, start)[1]
 
     def body(shared: Tree, row: tuple[Tree, Array], state: Array) -> Array:
-        return jnp.where(row[1], layer(shared, row[0], state), state)
+        return jnp.where(row[1], layer(shared, row[0], jnp.where(row[1], state, safe)), state)
 
     return in_turn(body, shared, rows, start)[1]
 
@@ -170,16 +172,16 @@ def _at_ends(dy: Array, size: int) -> Array:
     return filled.reshape(-1, size, *dy.shape[1:])
 
 
-def _as_varying_as(primal: Array, cotangent: Array) -> Array:
+def as_varying_as(primal: Array, cotangent: Array) -> Array:
     """A cotangent, summed over those mesh axes of a `jax.shard_map` over which only it varies."""
     axes = tuple(_axes(cotangent) - _axes(primal))
     return lax.psum(cotangent, axes) if axes else cotangent
 
 
-def varying(x: Array, axis: Any) -> Array:
-    """An array, counted as varying over a mesh axis of a `jax.shard_map`."""
-    accounted = axis in _axes(lax.axis_index(axis))  # not under check_vma=False
-    return lax.pcast(x, (axis,), to="varying") if accounted and axis not in _axes(x) else x
+def varying(x: Array, *like: Tree) -> Array:
+    """An array, counted as varying over all mesh axes of a `jax.shard_map` over which anything in some trees does."""
+    axes = tuple(set().union(*map(_axes, jax.tree.leaves(like))) - _axes(x))
+    return lax.pcast(x, axes, to="varying") if axes else x
 
 
 def _axes(x: Array) -> set[Any]:

@@ -25,7 +25,7 @@ def check_iterations(iterations: Any) -> int | None:
     return None if iterations is None else check_count("iterations", iterations, 0)
 
 
-def check_stacked(what: str, tree: Any) -> int:
+def check_stacked(what: str, tree: Any, rows: str = "layers") -> int:
     """The length of the leading axis that all arrays of a tree share.
 
     Raises:
@@ -35,12 +35,14 @@ def check_stacked(what: str, tree: Any) -> int:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         shape = jnp.shape(leaf)
         if not shape:
-            raise ValueError(f"{what}{jax.tree_util.keystr(path)} has no axis; stack all layers' arrays on axis 0")
+            raise ValueError(
+                f"{what}{jax.tree_util.keystr(path)} has no axis; stack the arrays of all {rows} on axis 0"
+            )
         lengths[f"{what}{jax.tree_util.keystr(path)}"] = shape[0]
     if not lengths:
-        raise ValueError(f"{what} holds no arrays; stack all layers' arrays on axis 0")
+        raise ValueError(f"{what} holds no arrays; stack those of all {rows} on axis 0")
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"the arrays of {what} have different lengths on axis 0, the axis of the layers: {lengths}")
+        raise ValueError(f"the arrays of {what} have different lengths on axis 0, the axis of the {rows}: {lengths}")
     return next(iter(lengths.values()))
 
 
@@ -63,6 +65,16 @@ def check_like(what: str, found: Any, state: Any) -> None:
 
 
 def closed(function: Callable[..., Any], *examples: Any) -> tuple[Callable[..., Any], list[Array]]:
-    """A function without what it closes over and may need gradients, which become further arguments."""
-    converted, captured = jax.closure_convert(function, *examples)
-    return converted, captured
+    """A function with the arrays it closes over as a last argument, a list, and those arrays.
+
+    `jax.closure_convert` leaves arrays that need no gradients inside (masks, keys), where a custom derivative loses
+    track of them.
+    """
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*examples)
+    tree = jax.tree.structure(shapes)
+
+    def opened(*arguments: Any) -> Any:
+        *given, captured = arguments
+        return jax.tree.unflatten(tree, jax.core.eval_jaxpr(jaxpr.jaxpr, captured, *jax.tree.leaves(tuple(given))))
+
+    return opened, list(jaxpr.consts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,7 +28,8 @@ class DepthParallel(JaxBackend):
         super().__init__()
         self.axis = axis
         # Where JAX differentiates the run, gradients of what devices share are summed over them inside the layers,
-        # by all devices: then none may rest, and those not in turn compute what is dropped.
+        # by all devices: then none may rest. Those not in turn compute what is dropped, on their own true first
+        # states, found before without gradients: other states might have no derivative.
         self.plain = plain
         self.devices: int = lax.axis_size(axis)
 
@@ -39,26 +41,30 @@ class DepthParallel(JaxBackend):
     def run(self, layer: Layer, shared: Tree, rows: Tree, x: Array) -> tuple[Array, Array]:
         """The first state of this device's layers and those after each of them; devices work in turn."""
         here = lax.axis_index(self.axis)
-        x = varying(x, self.axis)
+        x = varying(x, here, shared, rows)
 
         def at_work(state: Array) -> tuple[Array, Array]:
             return in_turn(layer, shared, rows, state)
 
         def at_rest(state: Array) -> tuple[Array, Array]:
             length = len(jax.tree.leaves(rows)[0])
-            zero = varying(jnp.zeros(state.shape, state.dtype), self.axis)
+            zero = varying(jnp.zeros(state.shape, state.dtype), state)
             return zero, jnp.broadcast_to(zero, (length, *state.shape))
 
-        def turn(turn: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def turn(number: Array, carry: tuple[Array, Array, Array], safe: Array | None = None) -> Any:
             arriving, first, after = carry
-            if self.plain:
-                found = tuple(jnp.where(here == turn, states, 0) for states in at_work(arriving))
+            if safe is None:
+                found = lax.cond(here == number, at_work, at_rest, arriving)
             else:
-                found = lax.cond(here == turn, at_work, at_rest, arriving)
+                found = at_work(jnp.where(here == number, arriving, safe))
+                found = tuple(jnp.where(here == number, states, 0) for states in found)
             arriving = lax.ppermute(found[1][-1], self.axis, [(i, i + 1) for i in range(self.devices - 1)])
             return arriving, first + found[0], after + found[1]
 
         _, first, after = lax.fori_loop(0, self.devices, turn, (x, *at_rest(x)))
+        if self.plain:
+            safe = lax.stop_gradient(first)
+            _, first, after = lax.fori_loop(0, self.devices, partial(turn, safe=safe), (x, *at_rest(x)))
         return first, after
 
     def last(self, states: Array) -> Array:

@@ -74,9 +74,11 @@ def diagnose(
             jax.block_until_ready(timed(params, batch))
             best = min(best, time.perf_counter() - start)
         reports: list[Report] = []
+        jax.clear_caches()  # a loss that is compiled by itself is traced anew, to be watched, and again afterwards
         with watching(reports.append):
             jax.block_until_ready(jax.jit(jax.grad(lambda params, batch: one(params, batch)))(params, batch))
         jax.effects_barrier()
+        jax.clear_caches()
         return found, best, {f"pass {i}": report for i, report in enumerate(reports)}
 
     rows = []

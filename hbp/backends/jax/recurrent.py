@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from hbp import cells
-from hbp.backends.jax.chains import BACKEND, Tree, highway_states, in_turn
+from hbp.backends.jax.chains import BACKEND, Tree, as_varying_as, highway_states, in_turn, of_each, varying
 from hbp.backends.jax.checks import check_iterations, check_stacked, check_state, closed
 from hbp.backends.jax.watching import solver, watched
 from hbp.cells._common import check_cell
@@ -50,25 +50,28 @@ def scan(
     ((5, 3), True)
     """
     k, chunk = check_iterations(iterations), check_count("chunk", chunk, 1)
-    check_stacked("xs", xs)
+    h0, length = jnp.asarray(h0), check_stacked("xs", xs, "steps")
     check_state("h0", h0)
+    if not length:
+        return h0, jnp.zeros((0, *h0.shape), h0.dtype)
+    h0 = varying(h0, params, xs)
     first = jax.tree.map(lambda leaf: leaf[0], xs)
     _check_cell(jax.eval_shape(cell, params, h0, first), h0)
     if reverse:
         xs = jax.tree.map(lambda leaf: jnp.flip(leaf, 0), xs)
-    own, captured = (cell, []) if k is None else closed(cell, params, h0, first)
+    own, captured = closed(cell, params, h0, first)
 
     def layer(both: tuple[Tree, list[Array]], row: Tree, h: Array) -> Array:
-        gate, update = own(both[0], h, row, *both[1])
+        gate, update = own(both[0], h, row, both[1])
         return gate * h + update
 
     def maps(both: tuple[Tree, list[Array]], row: Tree, h: Array, _: Array) -> Diagonal:
-        return Diagonal(own(both[0], h, row, *both[1])[0])
+        return Diagonal(own(both[0], h, row, both[1])[0])
 
     if k is None:
         h = in_turn(layer, (params, captured), xs, h0)[1]
     else:
-        h = highway_states(layer, maps, (params, captured), xs, h0, chunk=chunk, solve=solver(k))
+        h = highway_states(layer, of_each(maps), (params, captured), xs, h0, chunk=chunk, solve=solver(k))
     return h[-1], jnp.flip(h, 0) if reverse else h
 
 
@@ -87,21 +90,16 @@ def gru(
     k, chunk = check_iterations(iterations), check_count("chunk", chunk, 1)
     backend, watch = watched()
     check_cell(3, params, xs, {"h0": h0}, BACKEND)
+    h0 = varying(h0, params, xs)
     if k is None:
         h = _gru_states(params, xs, h0)
         return h[-1], h
-    states = jax.custom_vjp(_gru_states)
 
-    def forward(params: Any, xs: Array, h0: Array) -> tuple[Array, Any]:
-        h = states(params, xs, h0)
-        return h, (params, xs, h0, h)
-
-    def backward(saved: Any, dh: Array) -> Any:
-        params, xs, h0, h = saved
+    def pull(given: Any, h: Array, dh: Array) -> Any:
+        params, xs, h0 = given
         return cells.GRUPullback(params, xs, h0, h, backend)(dh, k, chunk, watch=watch)
 
-    states.defvjp(forward, backward)
-    h = states(params, xs, h0)
+    h = _with_adjoint(_gru_states, pull)(params, xs, h0)
     return h[-1], h
 
 
@@ -114,22 +112,33 @@ def lstm(
     if not isinstance(h0, tuple | list) or len(h0) != 2:
         raise TypeError(f"the initial state of an LSTM is a pair (h0, c0), not a {type(h0).__name__}")
     check_cell(4, params, xs, {"h0": h0[0], "c0": h0[1]}, BACKEND)
+    h0 = (varying(h0[0], params, xs, h0[1]), varying(h0[1], params, xs, h0[0]))
     if k is None:
         h, c = _lstm_states(params, xs, h0)
         return (h[-1], c[-1]), h
-    states = jax.custom_vjp(_lstm_states)
 
-    def forward(params: Any, xs: Array, h0: Any) -> tuple[Any, Any]:
-        found = states(params, xs, h0)
-        return found, (params, xs, h0, found)
+    def pull(given: Any, states: Any, d: Any) -> Any:
+        params, xs, h0 = given
+        return cells.LSTMPullback(params, xs, h0, states, backend)(d, k, chunk, watch=watch)
+
+    h, c = _with_adjoint(_lstm_states, pull)(params, xs, tuple(h0))
+    return (h[-1], c[-1]), h
+
+
+def _with_adjoint(run: Callable[..., Any], pull: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
+    """A cell's forward pass with ``pull(its arguments, its states, their cotangents)`` for its reverse rule."""
+    states: Callable[..., Any] = jax.custom_vjp(run)
+
+    def forward(*given: Any) -> tuple[Any, Any]:
+        found = run(*given)
+        return found, (given, found)
 
     def backward(saved: Any, d: Any) -> Any:
-        params, xs, h0, found = saved
-        return cells.LSTMPullback(params, xs, h0, found, backend)(d, k, chunk, watch=watch)
+        given, found = saved
+        return jax.tree.map(as_varying_as, given, tuple(pull(given, found, d)))
 
-    states.defvjp(forward, backward)
-    h, c = states(params, xs, tuple(h0))
-    return (h[-1], c[-1]), h
+    states.defvjp(forward, backward)  # type: ignore[attr-defined]
+    return states
 
 
 # The cells' forward passes as one would write them in JAX: they differentiate 10 to 25 % faster than the

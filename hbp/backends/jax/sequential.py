@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from hbp.backends.jax.chains import Tree, highway_states, in_turn, varying
+from hbp.backends.jax.chains import Tree, highway_states, in_turn, of_each, varying
 from hbp.backends.jax.checks import check_iterations, check_like, check_stacked, check_state, closed
 from hbp.backends.jax.depth import DepthParallel
 from hbp.backends.jax.watching import solver
@@ -41,10 +42,10 @@ def sequential(
         shared: further arguments of each layer.
         iterations: Highway-BP's k, a Python int; None is the plain program, exact and differentiable in all modes.
         residual: the layers' residual maps, an operator or a function ``(params[i], x[i]) -> one map``. States that
-            are pytrees take `Identity`, `Scalar` and `Zero`.
+            are pytrees take `Identity`, `Scalar` and `Zero`. It counts as constant.
         chunk: layers per stage, inside which backprop is exact.
         axis_name: inside `jax.shard_map`, the mesh axis over which ``params`` are split; each device keeps its own
-            layers and their states.
+            layers and their states. Take gradients outside of the `shard_map`; inside, only with its ``check_vma``.
 
     Returns:
         The last state.
@@ -58,6 +59,7 @@ def sequential(
     >>> jax.grad(loss)(jnp.ones((8, 3, 3))).shape
     (8, 3, 3)
     """
+    x = jax.tree.map(jnp.asarray, x)
     k, chunk = check_iterations(iterations), check_count("chunk", chunk, 1)
     length = check_stacked("params", params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(x):
@@ -75,31 +77,36 @@ def sequential(
         found = layer(row, unravel(state), *shared)
         return found if single else ravel_pytree(found)[0]
 
+    flat = varying(flat, params, shared, () if axis_name is None else jax.lax.axis_index(axis_name))
     depth = None if axis_name is None else DepthParallel(axis_name, plain=k is None)
     run = in_turn if depth is None else depth.run
     if k is None:
         states = run(on_arrays, shared, params, flat)[1]
         return unravel(states[-1] if depth is None else depth.last(states))
-    if depth is not None:
-        flat = varying(flat, axis_name)
     own, captured = closed(on_arrays, shared, first, flat)
+    given: tuple[Tree, ...] = (shared, captured)
 
-    def pure(both: tuple[Tree, list[Array]], row: Tree, state: Array) -> Array:
-        return own(both[0], row, state, *both[1])
+    def pure(both: tuple[Tree, ...], row: Tree, state: Array) -> Array:
+        return own(both[0], row, state, both[1])
 
-    maps = residual if isinstance(residual, LinearOperator) else partial(_map, residual)
+    maps: Any
+    if isinstance(residual, LinearOperator):
+        held: Any = residual
+        maps = lambda both, *_: both[2]  # noqa: E731
+    else:
+        one, held = closed(partial(_checked_map, residual), first, flat)
+        maps = of_each(lambda both, row, state, _: one(row, state, both[2]))
+    given = (*given, jax.tree.map(jax.lax.stop_gradient, held))
+
     if depth is None:
-        states = highway_states(pure, maps, (shared, captured), params, flat, chunk=chunk, solve=solver(k))
-        return unravel(states[-1])
+        return unravel(highway_states(pure, maps, given, params, flat, chunk=chunk, solve=solver(k))[-1])
     depth.check(length, chunk)
-    states = highway_states(
-        pure, maps, (shared, captured), params, flat, chunk=chunk, solve=partial(depth.solve, k), run=run
-    )
-    return unravel(depth.last(states))
+    solve = partial(depth.solve, k)
+    return unravel(depth.last(highway_states(pure, maps, given, params, flat, chunk=chunk, solve=solve, run=run)))
 
 
-def _map(residual: Callable[[Tree, Array], LinearOperator], _: Tree, row: Tree, state: Array, _after: Array) -> Any:
-    found = residual(row, state)
+def _checked_map(residual: Callable[[Tree, Array], LinearOperator], row: Tree, state: Array) -> LinearOperator:
+    found: Any = residual(row, state)
     if not isinstance(found, LinearOperator):
         raise TypeError(f"residual returned a {type(found).__name__}; return one of hbp's operators")
     return found
