@@ -90,7 +90,7 @@ def _needs_gradients(cell: Cell, h0: Tensor, xs: Tensor, parameters: list[torch.
         ValueError: something that is no argument and no parameter of the cell does; its gradient would be lost.
     """
     h, x = h0.detach().requires_grad_(), xs[0].detach().requires_grad_(xs.requires_grad)
-    foreign = foreign_leaf(_checked(cell(h, x), h), [h, x, *parameters])
+    foreign = foreign_leaf(_checked(cell(h, x), h), h, set(map(id, (x, *parameters))))
     if foreign is not None:
         raise ValueError(
             f"the cell reads a tensor of shape {tuple(foreign.shape)} that needs gradients and is no parameter of it; "

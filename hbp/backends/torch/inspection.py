@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,9 +62,8 @@ def _entries(container: Any) -> list[Any]:
     return list(container.values()) if isinstance(container, dict) else list(container)
 
 
-def foreign_leaf(ends: Sequence[Tensor], leaves: Sequence[Tensor]) -> Tensor | None:
-    """A leaf other than those given that a graph leads to and whose gradient would be lost, or None."""
-    known = {id(leaf) for leaf in leaves}
+def foreign_leaf(ends: Sequence[Tensor], start: Tensor, known: Container[int]) -> Tensor | None:
+    """A leaf that a graph leads to, not ``start`` and not of ``known`` identity, so that its gradient would be lost."""
     pending, seen = [end.grad_fn for end in ends], set()
     while pending:
         node = pending.pop()
@@ -73,7 +72,8 @@ def foreign_leaf(ends: Sequence[Tensor], leaves: Sequence[Tensor]) -> Tensor | N
         seen.add(node)
         if node.name() == "torch::autograd::AccumulateGrad" and id(node.variable) not in known:
             leaf: Tensor = node.variable
-            return leaf
+            if leaf is not start:
+                return leaf
         pending += [following for following, _ in node.next_functions]
     return None
 

@@ -194,6 +194,8 @@ class Run:
     """What the entry takes beside x: tensors shared by the layers, and parameters."""
     leaves: dict[int, Tensor]
     """Copies of ``given`` in the layers' graphs, by identity: hooks on ``given`` see the final gradient, once."""
+    originals: dict[int, Tensor]
+    """And back: ``given``, by the identity of the copies."""
     layers: list[nn.Module] = field(default_factory=list)
     """The layers called so far."""
     calls: dict[int, Call] = field(default_factory=dict)
@@ -210,7 +212,8 @@ class Run:
         leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in given}
         for leaf in leaves.values():
             leaf.register_post_accumulate_grad_hook(_refuse_inner_gradient)
-        return cls(stack, options, given, leaves)
+        originals = {id(leaf): tensor for leaf, tensor in zip(leaves.values(), given, strict=True)}
+        return cls(stack, options, given, leaves, originals)
 
     def knows(self, outside: list[Tensor]) -> bool:
         """Whether these tensors entered with the run; only then can they get gradients from it."""
@@ -242,11 +245,10 @@ class Run:
 
     def _tied(self, layer: Layer, carrier: Tensor, start: Tensor, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """A call's results, those that need gradients tied to the run by a new link."""
-        originals = {id(self.leaves[id(tensor)]): tensor for tensor in self.given}
-        handed: list[Any] = [originals.get(id(out), out) for out in outputs]  # an argument handed on
+        handed: list[Any] = [self.originals.get(id(out), out) for out in outputs]  # an argument handed on
         places = [i for i, out in enumerate(handed) if i == 0 or (out is outputs[i] and _needs_gradient(out))]
         call = Call(layer, start, tuple(outputs[i] for i in places))
-        foreign = foreign_leaf(call.ends, [start, *self.leaves.values()])
+        foreign = foreign_leaf(call.ends, start, self.originals)
         if foreign is not None:
             raise RuntimeError(
                 f"layer {len(self.layers)}, a {type(layer.module).__name__}, reads a tensor of shape "
