@@ -181,7 +181,9 @@ def as_varying_as(primal: Array, cotangent: Array) -> Array:
 def varying(x: Array, *like: Tree) -> Array:
     """An array, counted as varying over all mesh axes of a `jax.shard_map` over which anything in some trees does."""
     axes = tuple(set().union(*map(_axes, jax.tree.leaves(like))) - _axes(x))
-    return lax.pcast(x, axes, to="varying") if axes else x
+    if not axes:
+        return x
+    return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
 
 
 def _axes(x: Array) -> set[Any]:

@@ -31,7 +31,7 @@ class DepthParallel(JaxBackend):
         # by all devices: then none may rest. Those not in turn compute what is dropped, on their own true first
         # states, found before without gradients: other states might have no derivative.
         self.plain = plain
-        self.devices: int = lax.axis_size(axis)
+        self.devices: int = lax.psum(1, axis)
 
     def check(self, length: int, chunk: int) -> None:
         """Check that no stage crosses devices."""
