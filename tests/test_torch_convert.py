@@ -17,6 +17,7 @@ import hbp
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
 nn = torch.nn
+pytest.importorskip("torch.utils.checkpoint")
 prune: Any = pytest.importorskip("torch.nn.utils.prune")
 
 D, L = 4, 5
@@ -515,3 +516,31 @@ def test_a_schedule_follows_the_optimiser():
     for expected in (1, 1, 4, 4):
         assert options.current() == (expected, 1)
         optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own, at a break
+def test_a_compiled_model_has_the_same_gradients():
+    torch.manual_seed(0)
+    model = hb.convert(Model().double(), 2)
+    found, expected = gradients(torch.compile(model, backend="eager")), gradients(model)
+    close({name.removeprefix("_orig_mod."): g for name, g in found.items()}, expected, 0)
+
+
+def test_checkpoints_inside_a_layer():
+    class Checkpointed(Layer):
+        def forward(self, x: Any) -> Any:
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    torch.manual_seed(0)
+    model = hb.Sequential(*(Checkpointed() for _ in range(3))).double()
+    x = torch.randn(2, D, dtype=torch.float64)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    model.iterations = 3
+    found = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    assert all((a - b).abs().max() <= 1e-12 * b.abs().max() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("k", [None, 2])
+def test_inputs_on_another_device_are_refused(k):
+    with pytest.raises(RuntimeError, match="device"):
+        hb.convert(Model(), k)(torch.ones(2, 3, device="meta"))

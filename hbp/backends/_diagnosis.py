@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,28 @@ class Diagnosis:
             by_layer.plot(errors, ".-", label=f"k = {row.iterations}")
         _logarithmic(by_layer, "layer, in the model's order", f"relative error, chunk {first[0].chunk}")
         figure.savefig(path, dpi=120)
+
+
+def diagnosed(
+    run: Callable[[int, int], Row],
+    settings: tuple[list[int], list[int]],
+    exact_seconds: float,
+    target: float,
+    plot: str | Path | None,
+) -> Diagnosis:
+    """Run all settings, print each row as it comes and the advice at the end, and draw the picture where wanted."""
+    counts, sizes = settings
+    print(HEADER)
+    rows = []
+    for chunk in sizes:
+        for k in counts:
+            rows.append(run(k, chunk))
+            print(rows[-1])
+    diagnosis = Diagnosis(tuple(rows), exact_seconds, target)
+    print(diagnosis.advice)
+    if plot is not None:
+        diagnosis.plot(plot)
+    return diagnosis
 
 
 def check_settings(iterations: Sequence[int], chunks: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hbp.backends._diagnosis import HEADER, Agreement, Diagnosis, Row, check_settings
+from hbp.backends._diagnosis import Agreement, Diagnosis, Row, check_settings, diagnosed
 from hbp.backends.jax.chains import Tree
 from hbp.backends.jax.watching import watching
 from hbp.core.backend import Array
@@ -58,7 +58,7 @@ def diagnose(
     >>> found.recommended.iterations
     4
     """
-    counts, sizes = check_settings(iterations, chunks)
+    settings = check_settings(iterations, chunks)
     value = loss(params, batch, iterations=None, chunk=1)
     if jnp.shape(value) or not jnp.isfinite(value):
         raise ValueError(f"the loss is {value}; a diagnosis needs a finite scalar")
@@ -81,24 +81,18 @@ def diagnose(
         jax.clear_caches()
         return found, best, {f"pass {i}": report for i, report in enumerate(reports)}
 
-    rows = []
     exact, exact_seconds, _ = run(None, 1)
-    print(HEADER)
-    for chunk in sizes:
-        for k in counts:
-            found, seconds, reports = run(k, chunk)
-            squares: dict[str, list[tuple[float, ...]]] = {}
-            for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(exact), strict=True):
-                squares.setdefault(jax.tree_util.keystr(path[:1]), []).append(_squares(a, b))
-            layers = {name: Agreement.summed(own) for name, own in squares.items()}
-            overall = Agreement.summed([one for own in squares.values() for one in own])
-            rows.append(Row(k, chunk, overall, layers, reports, seconds))
-            print(rows[-1])
-    diagnosis = Diagnosis(tuple(rows), exact_seconds, target)
-    print(diagnosis.advice)
-    if plot is not None:
-        diagnosis.plot(plot)
-    return diagnosis
+
+    def row(k: int, chunk: int) -> Row:
+        found, seconds, reports = run(k, chunk)
+        squares: dict[str, list[tuple[float, ...]]] = {}
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(exact), strict=True):
+            squares.setdefault(jax.tree_util.keystr(path[:1]), []).append(_squares(a, b))
+        layers = {name: Agreement.summed(own) for name, own in squares.items()}
+        overall = Agreement.summed(one for own in squares.values() for one in own)
+        return Row(k, chunk, overall, layers, reports, seconds)
+
+    return diagnosed(row, settings, exact_seconds, target, plot)
 
 
 def _squares(found: Array, exact: Array) -> tuple[float, ...]:

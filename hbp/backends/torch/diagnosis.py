@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbp.backends._diagnosis import HEADER, Agreement, Diagnosis, Row, check_settings
+from hbp.backends._diagnosis import Agreement, Diagnosis, Row, check_settings, diagnosed
 from hbp.backends.torch.conversion import ConvertedForward
 from hbp.backends.torch.recurrent import GRU, LSTM
 from hbp.backends.torch.sequential import Sequential
@@ -62,7 +62,7 @@ def diagnose(
     (0.0, 3)
     """
     layers = scheduled(model)
-    counts, sizes = check_settings(iterations, chunks)
+    settings = check_settings(iterations, chunks)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(f"no parameter of this {type(model).__name__} needs gradients")
@@ -75,23 +75,16 @@ def diagnose(
         reports = {name: max(p.reports, key=_growth) for name, p in layers.items() if p.reports}
         return found, seconds, reports
 
-    rows = []
     with _undisturbed(model, layers.values()):
         exact, exact_seconds, _ = run(None, 1)
-        print(HEADER)
-        for chunk in sizes:
-            for k in counts:
-                found, seconds, reports = run(k, chunk)
-                squares = {name: _squares(found[name], exact[name]) for name in parameters}
-                by_layer = {group: Agreement.summed(squares[name] for name in names) for group, names in groups.items()}
-                overall = Agreement.summed(squares.values())
-                rows.append(Row(k, chunk, overall, by_layer, reports, seconds))
-                print(rows[-1])
-    diagnosis = Diagnosis(tuple(rows), exact_seconds, target)
-    print(diagnosis.advice)
-    if plot is not None:
-        diagnosis.plot(plot)
-    return diagnosis
+
+        def row(k: int, chunk: int) -> Row:
+            found, seconds, reports = run(k, chunk)
+            squares = {name: _squares(found[name], exact[name]) for name in parameters}
+            by_layer = {group: Agreement.summed(squares[name] for name in names) for group, names in groups.items()}
+            return Row(k, chunk, Agreement.summed(squares.values()), by_layer, reports, seconds)
+
+        return diagnosed(row, settings, exact_seconds, target, plot)
 
 
 def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: bool = False) -> list[float]:

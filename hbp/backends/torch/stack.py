@@ -117,7 +117,7 @@ class Stack(Scheduled):
                 return run.call(layer, target, x, x, args, kwargs)
             self._check_order(layer)
             run = Run.begin(self, outside)
-            return run.call(layer, target, x, _Entry.apply(run, x, *run.given), args, kwargs)
+            return run.call(layer, target, x, _Entry.apply(run, x, *run.originals.values()), args, kwargs)
 
     def _check_order(self, layer: nn.Module) -> None:
         """Say so where a run begins at a layer that follows on the one called last, so that parallelism is lost."""
@@ -190,12 +190,10 @@ class Run:
 
     stack: Stack
     options: dict[str, Any]
-    given: tuple[Tensor, ...]
-    """What the entry takes beside x: tensors shared by the layers, and parameters."""
     leaves: dict[int, Tensor]
-    """Copies of ``given`` in the layers' graphs, by identity: hooks on ``given`` see the final gradient, once."""
+    """Copies, by identity, of what the entry takes beside x: hooks on that see the final gradient, once."""
     originals: dict[int, Tensor]
-    """And back: ``given``, by the identity of the copies."""
+    """And back: the tensors shared by the layers and the parameters, by the identity of the copies."""
     layers: list[nn.Module] = field(default_factory=list)
     """The layers called so far."""
     calls: dict[int, Call] = field(default_factory=dict)
@@ -213,7 +211,7 @@ class Run:
         for leaf in leaves.values():
             leaf.register_post_accumulate_grad_hook(_refuse_inner_gradient)
         originals = {id(leaf): tensor for leaf, tensor in zip(leaves.values(), given, strict=True)}
-        return cls(stack, options, given, leaves, originals)
+        return cls(stack, options, leaves, originals)
 
     def knows(self, outside: list[Tensor]) -> bool:
         """Whether these tensors entered with the run; only then can they get gradients from it."""
@@ -273,7 +271,7 @@ class Run:
         self.calls[number] = call
 
     def gradients(self) -> tuple[Tensor, list[Tensor | None]]:
-        """The gradients of the first state and of ``given``, from the cotangents that the links left."""
+        """The gradients of the first state and of the originals, from the cotangents that the links left."""
         calls = [self.calls.pop(i) for i in sorted(self.calls)]
         first, leaves = calls[0].start, list(self.leaves.values())
         arrived = [call.cotangents[0] for call in calls]
