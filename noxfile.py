@@ -27,14 +27,14 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def numpy(session: nox.Session) -> None:
-    """The reference, and the command line with what its main job needs."""
-    session.install("-e", ".[demo]", *TEST)
+    """The reference with its kernels, and the command line with what its main job needs."""
+    session.install("-e", ".[demo,numba]", *TEST)
     session.run("pytest", "--backends=numpy", *session.posargs)
 
 
 @nox.session
 def torch(session: nox.Session) -> None:
-    session.install("-e", ".[torch]", *TEST_TORCH, *CONSTRAINTS)
+    session.install("-e", ".[torch,numba]", *TEST_TORCH, *CONSTRAINTS)
     session.run("pytest", "--backends=numpy,torch", *session.posargs)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hbp
+from hbp.backends._kernels import level
 from hbp.core.registry import LIBRARIES, availability, load
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 2 for bad input, 130 when interrupted."""
     options = _parser().parse_args(arguments)
     try:
+        _check_environment()
         return int(options.run(options))
     except _InputError as error:
         print(f"hbp: {error}", file=sys.stderr)
@@ -38,11 +40,18 @@ class _InputError(Exception):
     """Bad input, found before any work is done."""
 
 
+def _check_environment() -> None:
+    try:
+        level()
+    except ValueError as error:
+        raise _InputError(str(error)) from error
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hbp", description="Highway backpropagation: a parallel backward pass.")
     parser.add_argument("--version", action="version", version=f"hbp {hbp.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    info = commands.add_parser("info", help="backends, their versions and devices, and why one is unusable")
+    info = commands.add_parser("info", help="backends, their versions, devices and kernels, and why one is unusable")
     info.set_defaults(run=_info)
     compare = commands.add_parser(
         "compare",
@@ -84,6 +93,8 @@ def _info(_: argparse.Namespace) -> int:
     print(f"hbp {hbp.__version__}, Python {sys.version.split()[0]}")
     for name, state in hbp.available().items():
         print(f"  {name:<6} {state}")
+        if state.device is not None:
+            print(f"         kernels: {load(name).backend.kernels()}")
     return 0
 
 

@@ -194,7 +194,8 @@ def test_less_is_saved_than_by_the_vendor(kind):
     assert saved[ours] < saved[vendor] / 2
 
 
-def test_the_exact_path_is_seen_and_pinned():
+def test_the_exact_path_is_seen_and_pinned(monkeypatch):
+    monkeypatch.setenv("HBP_KERNELS", "off")
     x = torch.randn(T, B, I)
     assert hb.GRU(I, H).exact_path(x) == "adjoint"
     assert hb.LSTM(I, H).exact_path(x) == "library"
@@ -270,7 +271,7 @@ def test_bad_input(kind):
 
 @pytest.mark.parametrize("k", [None, 0, 1, 3, 40])
 def test_the_gru_in_blocks_of_time(k, monkeypatch):
-    monkeypatch.setattr(hbp.backends.torch.gru, "BLOCK", 1)  # blocks of 8 steps, the last shorter
+    monkeypatch.setattr(hbp.backends._blocks, "BLOCK", 1)  # blocks of 8 steps, the last shorter
     torch.manual_seed(0)
     layer = hb.GRU(I, H, iterations=k, exact="adjoint").double()
     x, h0 = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((27, B, I), (1, B, H)))

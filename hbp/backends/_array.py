@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from hbp.core.backend import Array, Pullback, dtype_name
-from hbp.core.operator import Dense, Identity, LinearOperator, Pair, Scalar, Zero
+from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.core.scan import hillis_steele, loop, propagate_pair, sequential
 
 HALF = ("float16", "bfloat16")
@@ -26,6 +26,9 @@ class ArrayBackend:
 
     def device(self) -> str:
         return "cpu"
+
+    def kernels(self) -> str:
+        return "plain"
 
     def concat(self, arrays: Sequence[Array], axis: int = 0) -> Array:
         return self.xp.concatenate(tuple(arrays), axis)
@@ -55,6 +58,10 @@ class ArrayBackend:
     def propagate(self, operator: LinearOperator, c: Array) -> Array:
         if isinstance(operator, Zero) or len(c) == 1:
             return c
+        if isinstance(operator, Identity | Scalar | Diagonal):
+            scan = self.kernel("suffix_scan", c, *operator.arrays)
+            if scan is not None:
+                return scan(operator, c)
         if dtype_name(c) in HALF:  # the scan adds L terms: once rounded, not L times
             wide = [self.widened(array) for array in operator.arrays]
             return self.cast(self.propagate(type(operator)(*wide) if wide else operator, self.widened(c)), c)
@@ -74,6 +81,13 @@ class ArrayBackend:
 
     def scan(self, step: Callable[[Any, Any], Any], carry: Any, rows: Array | int, reverse: bool = False) -> Any:
         return loop(step, carry, rows, reverse, backend=self)
+
+    def kernel(self, name: str, *arrays: Array) -> Callable[..., Any] | None:
+        return None
+
+    def add_product(self, sums: Array, rows: Array, weight: Array) -> None:
+        """``sums += rows @ weight``, in place."""
+        sums += rows @ weight
 
     def norm(self, x: Array) -> float:
         wide = (self.widened(x) if dtype_name(x) in HALF else x).reshape(-1)

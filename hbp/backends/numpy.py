@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from hbp.backends._array import NumpyLike
+from hbp.backends._kernels import CPU
 from hbp.backends._surface import *
 from hbp.backends._surface import COMMON, bound, jit
 
-backend = NumpyLike("numpy", np)
+
+class NumpyBackend(NumpyLike):
+    """NumPy behind the protocol, with Numba's kernels where it is installed."""
+
+    def __init__(self) -> None:
+        super().__init__("numpy", np)
+
+    def kernels(self) -> str:
+        return CPU.state()
+
+    def kernel(self, name: str, *arrays: np.ndarray) -> Callable[..., Any] | None:
+        kinds = {array.dtype for array in arrays}
+        module = CPU.load() if len(kinds) == 1 and kinds <= {np.dtype("f4"), np.dtype("f8")} else None
+        return getattr(module, name, None)
+
+
+backend = NumpyBackend()
 linearize, linearize_layers, backprop, highway, iterates, report, propagate, vjp = bound(backend)
 
 __all__ = COMMON

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from hbp.core.adjoint import highway
-from hbp.core.backend import Array, Backend, check_floating, check_shape
+from hbp.core.backend import Array, Backend, check_count, check_floating, check_shape
 from hbp.core.chain import LinearizedChain
 from hbp.core.operator import LinearOperator
 from hbp.core.registry import resolve
+
+Adjoint: TypeAlias = Callable[..., tuple[Any, Any, Any]]
+"""``(pullback, cotangents) -> (dparams, dx, dinitial)``, exact."""
 
 
 def sigmoid(x: Array, backend: Backend) -> Array:
@@ -53,13 +57,31 @@ def merged(x: Array) -> Array:
 
 
 def state_cotangents(
-    chain: LinearizedChain, d: Array, residual: LinearOperator | None, backend: Backend, options: dict[str, Any]
+    cell: str, chain: LinearizedChain, d: Array, residual: LinearOperator | None, backend: Backend, how: dict[str, Any]
 ) -> Array:
     """The cotangents of the initial state and of all T others, (T+1, ...), from those given from outside, (T, ...)."""
+    sources = backend.concat([backend.zeros_like(d[:1]), d[:-1]])
     if residual is not None:
         chain = chain.resplit(residual)
-    sources = backend.concat([backend.zeros_like(d[:1]), d[:-1]])
-    return highway(chain, d[-1], sources=sources, backend=backend, **options)
+    elif how["iterations"] is not None and _is_plain(how):
+        rounds = backend.kernel(f"{cell}_rounds", d, *chain.residual.arrays)
+        if rounds is not None:
+            return rounds(chain, backend.concat([sources, d[-1:]]), check_count("iterations", how["iterations"], 0))
+    return highway(chain, d[-1], sources=sources, backend=backend, **how)
+
+
+def compiled_adjoint(
+    cell: str, params: Any, arrays: tuple[Array | None, ...], backend: Backend, how: dict[str, Any]
+) -> Adjoint | None:
+    """The backend's own exact adjoint of a cell, where plain exact backpropagation is asked for and it has one."""
+    if how["iterations"] is not None or how.get("residual") is not None or not _is_plain(how):
+        return None
+    return backend.kernel(f"{cell}_adjoint", *(array for array in (*arrays, *params) if array is not None))
+
+
+def _is_plain(how: dict[str, Any]) -> bool:
+    """Whether nothing is asked for that only the core's own solver does."""
+    return how["chunk"] == 1 and how.get("tolerance") is None and how.get("watch") is None
 
 
 def check_cell(gates: int, params: Any, x: Array, states: dict[str, Array], backend: Backend | str | None) -> Backend:

@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from hbp.cells._common import (
+    Adjoint,
     check_cell,
     check_cotangent,
+    compiled_adjoint,
     first,
     matmul,
     merged,
@@ -157,7 +159,14 @@ class GRUPullback:
         """
         check_cotangent("dh", dh, self.h, self.backend)
         options = {"iterations": iterations, "chunk": chunk, "tolerance": tolerance, "watch": watch}
-        return self.from_states(state_cotangents(self.chain, dh, residual, self.backend, options))
+        adjoint = self.compiled(dh, residual=residual, **options)
+        if adjoint is not None:
+            return adjoint(self, dh)
+        return self.from_states(state_cotangents("gru", self.chain, dh, residual, self.backend, options))
+
+    def compiled(self, dh: Array, **options: Any) -> Adjoint | None:
+        """The backend's own ``(pullback, dh) -> ...`` for such options, or None."""
+        return compiled_adjoint("gru", self.params, (self.x, self.h0, self.h, dh), self.backend, options)
 
     def from_states(self, g: Array) -> tuple[GRUParameters, Array, Array]:
         """The last step of the pullback, from the cotangents of h0 and all states, (T+1, B, H)."""

@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from hbp.cells._common import (
+    Adjoint,
     check_cell,
     check_cotangent,
+    compiled_adjoint,
     first,
     matmul,
     merged,
@@ -186,12 +188,20 @@ class LSTMPullback:
         check_cotangent("dh", dh, self.states[0], self.backend)
         if dc is not None:
             check_cotangent("dc", dc, self.states[0], self.backend)
-        d = self.backend.stack([self.backend.zeros_like(dh) if dc is None else dc, dh], axis=-2)
         options = {"iterations": iterations, "chunk": chunk, "tolerance": tolerance, "watch": watch}
-        g = state_cotangents(self.chain, d, residual, self.backend, options)
+        adjoint = self.compiled(dstates, residual=residual, **options)
+        if adjoint is not None:
+            return adjoint(self, dstates)
+        d = self.backend.stack([self.backend.zeros_like(dh) if dc is None else dc, dh], axis=-2)
+        g = state_cotangents("lstm", self.chain, d, residual, self.backend, options)
         a = self.chain.pullbacks.preactivations(g[1:], self.backend)
         d0 = first(g, self.backend)
         return self._parameters(a), matmul(a, self.params.weight_ih), (d0[:, 1], d0[:, 0])
+
+    def compiled(self, dstates: tuple[Array, Array | None], **options: Any) -> Adjoint | None:
+        """The backend's own ``(pullback, dstates) -> ...`` for such options, or None."""
+        arrays = (self.x, *self.initial, *self.states, *dstates)
+        return compiled_adjoint("lstm", self.params, arrays, self.backend, options)
 
     def _parameters(self, a: Array) -> LSTMParameters:
         """The parameters' gradients from the cotangents of the pre-activations, (T, B, 4H)."""

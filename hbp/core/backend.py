@@ -16,7 +16,7 @@ Pullback: TypeAlias = Callable[[Array], Array]
 
 
 class Backend(Protocol):
-    """The seven operations of an array library, a namespace and a scan for its cells, and two for reports.
+    """The seven operations of an array library, a namespace and a scan for its cells, kernels, and three for reports.
 
     Nothing is created without a template array, so dtype and device always come from an argument.
     Implementations leave their arguments unchanged.
@@ -47,11 +47,17 @@ class Backend(Protocol):
     def scan(self, step: Callable[[Any, Any], Any], carry: Any, rows: Array | int, reverse: bool = False) -> Any:
         """The carries after each ``carry = step(carry, row)``, stacked in the rows' order (`hbp.core.scan.loop`)."""
 
+    def kernel(self, name: str, *arrays: Array) -> Callable[..., Any] | None:
+        """The compiled form of a plain definition for such arrays, or None where the plain one runs."""
+
     def norm(self, x: Array) -> float:
         """The Euclidean norm of all entries, as a Python float."""
 
     def device(self) -> str:
         """Where new arrays live, for people."""
+
+    def kernels(self) -> str:
+        """Which kernels run, or why the plain definitions do, for people."""
 
 
 def dtype_name(x: Array) -> str:

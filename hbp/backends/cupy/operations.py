@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from hbp.backends._array import NumpyLike
+from hbp.backends._kernels import CUDA_CUPY
+from hbp.core.backend import Array, dtype_name
 
 
 class CupyBackend(NumpyLike):
@@ -20,6 +23,14 @@ class CupyBackend(NumpyLike):
                 f"cupy {xp.__version__} finds no CUDA device; check nvidia-smi and the driver, or use numpy"
             )
         super().__init__("cupy", xp, parallel=True)
+
+    def kernels(self) -> str:
+        return CUDA_CUPY.state()
+
+    def kernel(self, name: str, *arrays: Array) -> Callable[..., Any] | None:
+        module = CUDA_CUPY.load()
+        known = module is not None and {dtype_name(array) for array in arrays} <= set(module.WIDE)
+        return getattr(module, name, None) if known else None
 
     def device(self) -> str:
         properties = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.Device().id)

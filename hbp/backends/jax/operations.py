@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from hbp.backends._array import ArrayBackend
+from hbp.backends._kernels import CUDA_JAX
 from hbp.core.backend import Array, Pullback
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.core.scan import hillis_steele
@@ -27,6 +28,14 @@ class JaxBackend(ArrayBackend):
     def device(self) -> str:
         device = jax.devices()[0]
         return "cpu" if device.platform == "cpu" else f"{device.platform} ({device.device_kind})"
+
+    def kernels(self) -> str:
+        return CUDA_JAX.state() if jax.default_backend() == "gpu" else "XLA"
+
+    def kernel(self, name: str, *arrays: Array) -> Callable[..., Any] | None:
+        module = CUDA_JAX.load() if jax.default_backend() == "gpu" else None
+        known = len({array.dtype for array in arrays}) == 1
+        return getattr(module, name, None) if known else None
 
     def vjp(self, fn: Callable[[Array], Array], x: Array) -> tuple[Array, Pullback]:
         y, pullback = jax.vjp(fn, x)

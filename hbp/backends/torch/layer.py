@@ -95,19 +95,23 @@ def _pull(
     with_inputs: bool,
 ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
     """One direction by its cell's pullback: gradients of the weights, perhaps the inputs, and the initial states."""
-    how = (options.iterations, options.chunk, options.residual, None, options.watch)
+    k, chunk, residual, watch = options.iterations, options.chunk, options.residual, options.watch
+    how = {"iterations": k, "chunk": 1 if k is None else chunk, "residual": residual, "watch": watch}
+    pullback: Any
     if options.lstm:
-        lstm = LSTMPullback(LSTMParameters(*weights), x, (states[0], states[1]), (h, None), BACKEND)
-        dlstm, dx, initial = lstm((cotangents[0], cotangents[1]), *how)
-        return [d for d in dlstm if d is not None], dx, initial
-    plain = options.chunk == 1 and options.residual is None and options.watch is None and h.device.type == "cpu"
-    if plain or options.iterations is None:
-        dgru, dx, dh0 = gru_pullback(
-            GRUParameters(*weights), x, states[0], h, cotangents[0], options.iterations, with_inputs
-        )
+        pullback = LSTMPullback(LSTMParameters(*weights), x, (states[0], states[1]), (h, None), BACKEND)
+        given: Any = (cotangents[0], cotangents[1])
     else:
-        dgru, dx, dh0 = GRUPullback(GRUParameters(*weights), x, states[0], h, BACKEND)(cotangents[0], *how)
-    return [d for d in dgru if d is not None], dx, (dh0,)
+        pullback, given = GRUPullback(GRUParameters(*weights), x, states[0], h, BACKEND), cotangents[0]
+    adjoint = pullback.compiled(given, **how)
+    in_place = chunk == 1 and residual is None and watch is None and h.device.type == "cpu"
+    if adjoint is not None:
+        dparams, dx, initial = adjoint(pullback, given, with_inputs)
+    elif not options.lstm and (in_place or k is None):
+        dparams, dx, initial = gru_pullback(pullback, given, k, with_inputs)
+    else:
+        dparams, dx, initial = pullback(given, **how)
+    return [d for d in dparams if d is not None], dx, initial if options.lstm else (initial,)
 
 
 def _padded(sequences: tuple[Tensor, ...], batch_sizes: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:

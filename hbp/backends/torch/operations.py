@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hbp.backends._array import ArrayBackend
+from hbp.backends._kernels import CPU, CUDA_TORCH
 from hbp.core.backend import Array, Pullback
 from hbp.core.operator import Dense, LinearOperator, Scalar
 from hbp.core.scan import hillis_steele, sequential
@@ -30,6 +33,9 @@ class TorchBackend(ArrayBackend):
     def device(self) -> str:
         return f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
 
+    def kernels(self) -> str:
+        return f"{CPU.state()}; cuda: {CUDA_TORCH.state()}" if torch.cuda.is_available() else CPU.state()
+
     def concat(self, arrays: Sequence[Array], axis: int = 0) -> Array:
         return torch.cat(tuple(arrays), axis)
 
@@ -43,13 +49,27 @@ class TorchBackend(ArrayBackend):
         y, pullback = torch.func.vjp(fn, x)
         return y, lambda cotangent: pullback(cotangent)[0]
 
+    def kernel(self, name: str, *arrays: Tensor) -> Callable[..., Any] | None:
+        if _traced(*arrays):
+            return None
+        kinds, devices = {array.dtype for array in arrays}, {array.device.type for array in arrays}
+        if devices == {"cuda"}:
+            return getattr(CUDA_TORCH.load(), name, None)
+        module = CPU.load() if len(kinds) == 1 and kinds <= {torch.float32, torch.float64} else None
+        if module is None or devices != {"cpu"} or not hasattr(module, name):
+            return None
+        from hbp.backends.torch.threads import torch_threads  # needs Numba
+
+        found = partial(getattr(module, name), threads=torch_threads())
+        return found if name != "suffix_scan" else lambda *given: torch.from_numpy(found(*given))
+
+    def add_product(self, sums: Array, rows: Array, weight: Array) -> None:
+        sums.addmm_(rows, weight)
+
     def suffix_scan(self, operator: LinearOperator, c: Array) -> Array:
-        arrays = (c, *operator.arrays)
-        recorded = torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
-        transformed = any(map(torch._C._functorch.is_functorch_wrapped_tensor, arrays))
         if c.device.type != "cpu":
             return hillis_steele(operator, c, self)
-        if recorded or transformed or isinstance(operator, Dense):
+        if _traced(c, *operator.arrays) or isinstance(operator, Dense):
             return sequential(operator, c, self)
         g = c.clone(memory_format=torch.contiguous_format)
         if isinstance(operator, Scalar) and not operator.arrays:
@@ -62,6 +82,13 @@ class TorchBackend(ArrayBackend):
 
     def norm(self, x: Array) -> float:
         return super().norm(x.detach())
+
+
+def _traced(*tensors: Tensor) -> bool:
+    """Whether somebody looks on: autograd, a transform of `torch.func`, or the compiler."""
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    transformed = any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+    return recorded or transformed or torch.compiler.is_compiling()
 
 
 def suffix_scan_(values: Tensor, g: Tensor) -> None:

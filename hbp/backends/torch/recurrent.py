@@ -7,6 +7,7 @@ for all steps at once, and the LSTM's states c by a scan.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -14,17 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from hbp.backends.torch.layer import Options, RecurrentLayer
+from hbp.backends.torch.layer import BACKEND, Options, RecurrentLayer
 from hbp.backends.torch.training import Scheduled
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
 
 Exact: TypeAlias = Literal["adjoint", "library"]
 
-# Whole training steps on two cores, time of torch.nn.GRU over ours with the adjoint: 3 to 5 at B H^2 = 4e3, 2.5 at
-# 3e4, 1.7 at 1.3e5, 1.4 at 2.6e5, 0.8 to 1.2 at 5e5: from there on the products fill the machine, and recomputing the
-# gates costs more than it saves.
-ADJOINT_SIZE = 400_000
+# Below which B H^2 the adjoint is the faster exact backward on a CPU, by the cell and by whether it is compiled.
+# Measured on two cores at T = 1024. The compiled GRU's backward took 1/30 of torch's time at B H^2 = 4e3 and 0.85 of it
+# at 4e6 and beyond; the plain one's whole training step 1/4 at 4e3, 0.6 at 1.3e5, 0.8 to 1.2 times it at 5e5, where
+# recomputing the gates costs what is saved. The compiled LSTM's backward took 0.45 of oneDNN's time at 4e3, 0.85 at
+# 1.6e4, 1.3 times it at 6.5e4; the plain one is never faster.
+ADJOINT_SIZES = {("GRU", True): math.inf, ("GRU", False): 4e5, ("LSTM", True): 2e4, ("LSTM", False): 0}
 
 
 @dataclass(frozen=True)
@@ -72,16 +75,18 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
     def exact_path(self, input: Any) -> Exact:  # noqa: A002
         """The exact backward that ``iterations=None`` means for such an input; ``self.exact`` pins it.
 
-        "adjoint", this library's without a graph, for a GRU on a CPU while B H^2 stays below `ADJOINT_SIZE`: there it
-        was measured faster. Else "library".
+        "adjoint", this library's without a graph, on a CPU below `ADJOINT_SIZES`, where it was measured faster. Else
+        "library".
         """
         if self.exact is not None:
             return self.exact
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         batch = int(input.batch_sizes[0]) if packed else 1 if data.dim() < 3 else data.shape[1 - self.batch_first]
-        small = batch * self.hidden_size**2 < ADJOINT_SIZE
-        return "adjoint" if self.mode == "GRU" and data.device.type == "cpu" and small else "library"
+        if data.device.type != "cpu":
+            return "library"
+        compiled = BACKEND.kernel(f"{self.mode.lower()}_adjoint", data.detach()) is not None
+        return "adjoint" if batch * self.hidden_size**2 < ADJOINT_SIZES[self.mode, compiled] else "library"
 
     def extra_repr(self) -> str:
         own = f", iterations={self.iterations}, chunk={self.chunk}"

@@ -1,0 +1,10 @@
+"""Kernels for CPUs, compiled by Numba: the suffix scan, and the exact adjoints of the GRU and the LSTM.
+
+They work on NumPy arrays and, since ``numpy.asarray`` copies nothing, on PyTorch's CPU tensors. They release the
+interpreter's lock and are spread over threads by channels or batch entries; compiled code is cached on disk.
+"""
+
+from hbp.backends._numba.adjoints import gru_adjoint, lstm_adjoint
+from hbp.backends._numba.scan import suffix_scan, suffix_scan_
+
+__all__ = ["gru_adjoint", "lstm_adjoint", "suffix_scan", "suffix_scan_"]
