@@ -13,6 +13,7 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PROJECT, "test")
 TEST_TORCH = nox.project.dependency_groups(PROJECT, "test-torch")
 TEST_JAX = nox.project.dependency_groups(PROJECT, "test-jax")
+BENCH = nox.project.dependency_groups(PROJECT, "bench")
 LINT = nox.project.dependency_groups(PROJECT, "lint")
 CONSTRAINTS = ("-c", "tests/constraints.txt")
 
@@ -50,6 +51,13 @@ def cupy(session: nox.Session) -> None:
         session.skip("CuPy needs a CUDA device, and nvidia-smi finds none here")
     session.install("-e", ".[cupy-cuda12]", *TEST)
     session.run("pytest", "--backends=numpy,cupy", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmarks on this machine, with the packages of others that they compare with."""
+    session.install("-e", ".[torch,jax,bench]", *BENCH, *CONSTRAINTS)
+    session.run("python", "-m", "benchmarks", *(session.posargs or ["scan", "rnn", "stack", "memory"]))
 
 
 @nox.session(venv_backend="none")

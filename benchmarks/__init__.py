@@ -1,0 +1,1 @@
+"""Benchmarks that compare frameworks: ``python -m benchmarks --help``."""

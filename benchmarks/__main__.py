@@ -1,0 +1,176 @@
+"""``python -m benchmarks scan|rnn|stack|memory``: measure, write the JSON, and make the table and the plots from it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import memory, report, rnn, scan, stack
+from benchmarks.environment import environment
+from benchmarks.measure import Library, Method, Row, distance, first_calls, library, time_all
+from hbp.backends._kernels import level
+from hbp.core.registry import LIBRARIES, available
+
+TABLES = {"scan": scan, "rnn": rnn, "stack": stack, "memory": memory}
+ROUNDS = {"quick": 5, "full": 7}
+TOLERANCE = 1e-4
+"""The largest relative error with which a float32 method passes the test before it is timed."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns 0, 1 where a method failed its test, 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        level()
+        names = options.backends or [name for name, state in available().items() if state]
+        libraries = [library(name) for name in names]
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, ImportError, RuntimeError, OSError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    console, failed = Console(stderr=True), False
+    where = environment(libraries)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    for table in dict.fromkeys(options.tables):
+        with Progress(*columns, console=console, transient=True) as progress:
+            rows = _run(table, options.preset, libraries, where["limits"], progress)
+        document = {"table": table, "preset": options.preset, "rounds": ROUNDS[options.preset], "environment": where}
+        path = options.out / f"{table}.json"
+        path.write_text(json.dumps({**document, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        for made in report.write(path):
+            console.print(f"wrote {made}", soft_wrap=True)
+        for row in rows:
+            if row.failed:
+                failed = True
+                console.print(f"[red]{table} {row.case} {row.library} {row.method}: {row.failed}", soft_wrap=True)
+    return int(failed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Compare the frameworks: every method passes a test before it is timed; times are medians of "
+        "interleaved rounds. Writes TABLE.json, and from it TABLE.md and TABLE*.png.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("tables", nargs="+", choices=list(TABLES), metavar="|".join(TABLES))
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=list(LIBRARIES),
+        default=None,
+        help="array libraries; all usable ones if not given",
+    )
+    parser.add_argument("--preset", choices=list(ROUNDS), default="quick", help="sizes, and the number of rounds")
+    parser.add_argument("--out", type=Path, default=Path("hbp-benchmarks"), metavar="FOLDER", help="made if missing")
+    return parser
+
+
+def _run(
+    table: str, preset: str, libraries: list[Library], limits: dict[str, dict[str, float]], progress: Progress
+) -> list[Row]:
+    module = TABLES[table]
+    on_gpu = preset == "full" and any(lib.on_gpu for lib in libraries)
+    cases = module.GPU_CASES if on_gpu else module.CASES[preset]
+    over_cases = progress.add_task(table, total=len(cases))
+    rows = []
+    for case in cases:
+        task = progress.add_task(" ".join(f"{name}={value}" for name, value in case.items()), total=None)
+        measure = _remember if table == "memory" else _time
+        rows += measure(table, case, libraries, limits, preset, lambda task=task: progress.advance(task))
+        progress.remove_task(task)
+        progress.advance(over_cases)
+    return rows
+
+
+def _time(
+    table: str,
+    case: dict[str, Any],
+    libraries: list[Library],
+    limits: dict[str, dict[str, float]],
+    preset: str,
+    advance: Callable[[], None],
+) -> list[Row]:
+    """A case's rows: test, error of the gradient, times, fractions of the machine's limits."""
+    module = TABLES[table]
+    pairs = [(Row.of(table, case, method), method) for lib in libraries for method in module.methods(case, lib)]
+    _test_all(table, case, pairs)
+    alive = [(row, method) for row, method in pairs if row.failed is None]
+    exact = module.reference(case)
+    for row, found in first_calls([pair for pair in alive if not pair[1].yardstick]):
+        row.error, row.cosine = distance(found, exact)
+        if row.exact and row.error > 10 * TOLERANCE:
+            row.failed = f"relative error {row.error:.1e} at full size"
+        advance()
+    alive = [(row, method) for row, method in alive if row.failed is None]
+    time_all(alive, ROUNDS[preset], advance)
+    for row, method in alive:
+        limit = limits[row.library]
+        if table == "scan":
+            row.copy_fraction = _share(module.moved_bytes(case), row.whole_ms, limit["copy_bytes_per_s"])
+        else:
+            row.product_fraction = _share(module.product_flops(case, method), row.backward_ms, limit["flops_per_s"])
+    return [row for row, _ in pairs]
+
+
+def _test_all(table: str, case: dict[str, Any], pairs: list[tuple[Row, Method]]) -> None:
+    """Each method at a small size against its own definition in float64; once for all cases of its kind."""
+    module = TABLES[table]
+    small = {**case, **module.CHECK}
+    new: dict[str, Iterator[Method]] = {}
+    for row, method in pairs:
+        key = (json.dumps(small), row.library, row.method, row.k, row.chunk)
+        if row.library not in new:
+            new[row.library] = module.methods(small, method.library)
+        check = next(new[row.library])
+        if not method.yardstick:
+            _TESTS[key] = _TESTS.get(key) or _error_or_reason(check, module.reference(small, check))
+            row.check, row.failed = _TESTS[key]
+
+
+_TESTS: dict[tuple[Any, ...], tuple[float | None, str | None]] = {}
+
+
+def _error_or_reason(method: Method, expected: Any) -> tuple[float | None, str | None]:
+    try:
+        error = distance(method.result(method.run()[2]), expected)[0]
+    except Exception as caught:
+        return None, f"{type(caught).__name__}: {caught}"
+    return error, None if error <= TOLERANCE else f"relative error {error:.1e} in its test, above {TOLERANCE:.0e}"
+
+
+def _share(amount: int, times: list[float] | None, rate: float) -> float | None:
+    return None if times is None else amount / rate / (times[0] / 1e3)
+
+
+def _remember(
+    table: str,
+    case: dict[str, Any],
+    libraries: list[Library],
+    limits: dict[str, dict[str, float]],
+    preset: str,
+    advance: Callable[[], None],
+) -> list[Row]:
+    rows = []
+    for lib in libraries:
+        for index, method in enumerate(memory.methods(case, lib)):
+            row = Row.of(table, case, method)
+            try:
+                row.saved_bytes, row.peak_bytes = memory.measured(case, lib.name, index)
+            except RuntimeError as error:
+                row.failed = str(error)
+            rows.append(row)
+            advance()
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

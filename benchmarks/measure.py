@@ -1,0 +1,177 @@
+"""What every table shares: libraries, methods, and timing in interleaved rounds."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from hbp.core.registry import load
+
+
+@dataclass(frozen=True)
+class Library:
+    """An array library: the way to and from NumPy, and how to wait for its device."""
+
+    name: str
+    front_end: Any
+    array: Callable[[np.ndarray], Any]
+    numpy: Callable[[Any], np.ndarray]
+    wait: Callable[[Any], Any]
+    """Returns when the arrays given, and all before them, are computed."""
+    on_gpu: bool = False
+
+
+def library(name: str) -> Library:
+    """One of hbp's backends with arrays on its default device; raises as `hbp.use` does."""
+    front_end = load(name)
+    if name == "torch":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return Library(
+            name,
+            front_end,
+            lambda x: torch.from_numpy(x).to(device),
+            lambda x: x.detach().cpu().numpy(),
+            lambda _: torch.cuda.synchronize() if device == "cuda" else None,
+            device == "cuda",
+        )
+    if name == "jax":
+        import jax
+        import jax.numpy as jnp
+
+        return Library(name, front_end, jnp.asarray, np.asarray, jax.block_until_ready, jax.default_backend() == "gpu")
+    if name == "cupy":
+        import cupy
+
+        stream = cupy.cuda.get_current_stream()
+        return Library(name, front_end, cupy.asarray, cupy.asnumpy, lambda _: stream.synchronize(), True)
+    return Library(name, front_end, np.asarray, np.asarray, lambda _: None)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compute a case: ``backward(forward())``, or one pass alone."""
+
+    name: str
+    library: Library
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Any] | None
+    k: int | None = None
+    chunk: int | None = None
+    ours: bool = False
+    exact: bool = True
+    finish: Callable[[Any], Any] = lambda found: found
+    """What a check does to the result first; not timed."""
+    yardstick: bool = False
+    """It computes something else, to compare times with."""
+
+    def run(self) -> tuple[float, float, Any]:
+        """Seconds of the forward and of the backward pass, and the result."""
+        start = perf_counter()
+        state = self.forward()
+        self.library.wait(state)
+        middle = perf_counter()
+        found = state if self.backward is None else self.backward(state)
+        self.library.wait(found)
+        return middle - start, perf_counter() - middle, found
+
+    def result(self, found: Any) -> np.ndarray:
+        """All arrays found as one float64 vector."""
+        found = self.finish(found)
+        parts = found if isinstance(found, tuple | list) else [found]
+        return np.concatenate([np.asarray(self.library.numpy(part), np.float64).ravel() for part in parts])
+
+
+@dataclass
+class Row:
+    """A method's result on a case, as it is written to the JSON; times are [median, lower, upper quartile]."""
+
+    table: str
+    case: dict[str, Any]
+    method: str
+    library: str
+    k: int | None
+    chunk: int | None
+    ours: bool
+    exact: bool
+    check: float | None = None
+    """The relative error of the test before: against the same method's definition in float64."""
+    error: float | None = None
+    """The relative error of the gradient, against exact backprop in float64."""
+    cosine: float | None = None
+    first_ms: float | None = None
+    """The first call, with compilation."""
+    forward_ms: list[float] | None = None
+    backward_ms: list[float] | None = None
+    whole_ms: list[float] | None = None
+    copy_fraction: float | None = None
+    """Of the measured copy bandwidth, for the bytes that must move."""
+    product_fraction: float | None = None
+    """Of the measured matrix-product rate, for the products the backward pass must compute."""
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
+    failed: str | None = None
+    """Why there is nothing else."""
+
+    @classmethod
+    def of(cls, table: str, case: dict[str, Any], method: Method) -> Row:
+        """An empty row."""
+        return cls(table, case, method.name, method.library.name, method.k, method.chunk, method.ours, method.exact)
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+    """The relative error and the cosine."""
+    sizes = float(np.linalg.norm(found) * np.linalg.norm(expected))
+    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    return error, float(found @ expected) / sizes if sizes else 0.0
+
+
+def first_calls(pairs: list[tuple[Row, Method]]) -> Iterator[tuple[Row, np.ndarray]]:
+    """Run each method once, with its compilation; yields each row with the result."""
+    for row, method in pairs:
+        forward, backward, found = method.run()
+        row.first_ms = 1e3 * (forward + backward)
+        yield row, method.result(found)
+        del found
+
+
+def time_all(pairs: list[tuple[Row, Method]], rounds: int, advance: Callable[[], None]) -> None:
+    """Fill in the times of methods that ran once, from interleaved rounds, every other one in reverse order.
+
+    In a round a library's methods follow one another, after an untimed call that wakes its threads and lets those of
+    the library before fall asleep.
+    """
+    times: list[list[tuple[float, float]]] = [[] for _ in pairs]
+    order = list(enumerate(pairs))
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            for _, group in groupby(order[::-1] if turn % 2 else order, key=lambda item: item[1][1].library.name):
+                members = list(group)
+                members[0][1][1].run()
+                for index, (_, method) in members:
+                    times[index].append(method.run()[:2])
+                    advance()
+            gc.collect()
+    finally:
+        gc.enable()
+    for (row, method), found in zip(pairs, times, strict=True):
+        row.whole_ms = milliseconds(sum(both) for both in found)
+        if method.backward is not None:
+            row.forward_ms, row.backward_ms = (milliseconds(part) for part in zip(*found, strict=True))
+
+
+def milliseconds(seconds: Iterable[float]) -> list[float]:
+    """The median and both quartiles."""
+    values = [1e3 * value for value in seconds]
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return [median(values), low, high]

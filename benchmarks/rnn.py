@@ -1,0 +1,209 @@
+"""Recurrent layers: forward, backward and whole step, the gradients of all parameters from a loss at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+import hbp
+from benchmarks.measure import Library, Method
+from benchmarks.scan import Parallel
+from hbp.backends._array import NumpyLike
+
+ITERATIONS = (0, 1, 3, 5, 10)
+CHUNK = 8
+
+
+def _grid(cells: tuple[str, ...], steps: Any, batches: Any, sizes: Any) -> list[dict[str, Any]]:
+    return [
+        {"cell": cell, "T": T, "B": B, "H": H, "weights": 1.0}
+        for cell, H, B, T in product(cells, sizes, batches, steps)
+        if T * B * H * H <= 2e9
+    ]
+
+
+PAPER = {"cell": "gru", "T": 256, "B": 128, "H": 512, "weights": 1.0, "setting": "paper"}
+"""The shape of the paper's table 6 (one GRU layer), where its setting, a loop over steps, is a row too."""
+BOTH = ("gru", "lstm")
+CASES = {
+    "quick": [
+        *_grid(BOTH, (1024,), (1, 16), (64,)),
+        *_grid(BOTH, (1024,), (16,), (256,)),
+        {"cell": "gru", "T": 1024, "B": 16, "H": 64, "weights": 3.0},
+    ],
+    "full": [*_grid(BOTH, (256, 1024, 4096), (1, 8, 32), (64, 256)), PAPER],
+}
+GPU_CASES = [*_grid(BOTH, (256, 1024, 4096, 16384), (1, 8, 32, 128), (128, 512)), PAPER]
+CHECK = {"T": 24, "B": 3, "H": 5}
+
+
+def problem(case: dict[str, Any]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Parameters as PyTorch draws them, times ``weights``; inputs (T, B, H) and cotangents of all states; float32."""
+    rng, size, gates = np.random.default_rng(0), case["H"], 3 if case["cell"] == "gru" else 4
+    shapes = ((gates * size, size), (gates * size, size), (gates * size,), (gates * size,))
+    bound = case["weights"] / np.sqrt(size)
+    params = [rng.uniform(-bound, bound, shape).astype(np.float32) for shape in shapes]
+    x, dy = (rng.standard_normal((case["T"], case["B"], size), dtype=np.float32) for _ in range(2))
+    return params, x, dy
+
+
+def reference(case: dict[str, Any], method: Method | None = None) -> np.ndarray:
+    """The gradient in float64 by the plain NumPy definitions: exact, or a method's own iterate."""
+    params, x, dy = problem(case)
+    plain = NumpyLike("numpy", np)
+    wide = [a.astype(np.float64) for a in (*params, x, dy)]
+    state = np.zeros(x.shape[1:])
+    how: dict[str, Any] = {} if method is None else {"iterations": method.k, "chunk": method.chunk or 1}
+    if method is not None and "fixed point" in method.name:
+        how["residual"] = hbp.Zero()
+    if case["cell"] == "gru":
+        _, pull = hbp.cells.gru(hbp.cells.GRUParameters(*wide[:4]), wide[4], state, backend=plain)
+        found = pull(wide[5], **how)[0]
+    else:
+        _, pull = hbp.cells.lstm(hbp.cells.LSTMParameters(*wide[:4]), wide[4], (state, state), backend=plain)
+        found = pull((wide[5], None), **how)[0]
+    return np.concatenate([d.ravel() for d in found])
+
+
+def product_flops(case: dict[str, Any], method: Method) -> int:
+    """Of the products that a backward pass must compute: both weights' gradients, and one for each round of blocks."""
+    gates = 3 if case["cell"] == "gru" else 4
+    rounds = 1 if method.k is None else method.k
+    return 2 * case["T"] * case["B"] * gates * case["H"] ** 2 * (2 + rounds)
+
+
+def methods(case: dict[str, Any], lib: Library) -> Iterator[Method]:
+    """Every way to the gradient in a library: its own layer, the exact adjoint, Highway-BP and the fixed point."""
+    params, x, dy = problem(case)
+    arrays = [lib.array(a) for a in params], lib.array(x), lib.array(dy)
+    yield from {"torch": _torch, "jax": _jax}.get(lib.name, _cells)(case, lib, *arrays)
+
+
+def _variants() -> Iterator[tuple[str, int | None, int, Any]]:
+    """Highway-BP with and without chunks, and the fixed point: name, k, chunk, residual."""
+    yield "exact adjoint", None, 1, None
+    for chunk in (1, CHUNK):
+        for k in ITERATIONS:
+            yield "Highway-BP", k, chunk, None
+    for k in (1, 3, 10):
+        yield "fixed point", k, 1, hbp.Zero()
+
+
+def _cells(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: Any) -> Iterator[Method]:
+    """hbp's cells on a library's arrays."""
+    xp, gru = lib.front_end.backend.xp, case["cell"] == "gru"
+    state = xp.zeros_like(x[0])
+
+    def method(name: str, k: int | None, chunk: int, residual: Any, backend: Any = None) -> Method:
+        def forward() -> Any:
+            if gru:
+                return hbp.cells.gru(hbp.cells.GRUParameters(*params), x, state, backend=backend)[1]
+            return hbp.cells.lstm(hbp.cells.LSTMParameters(*params), x, (state, state), backend=backend)[1]
+
+        def backward(pull: Any) -> Any:
+            return pull(dy if gru else (dy, None), iterations=k, chunk=chunk, residual=residual)[0]
+
+        return Method(name, lib, forward, backward, k, chunk, "Hillis" not in name and residual is None, k is None)
+
+    for variant in _variants():
+        yield method(*variant)
+    yield method("Highway-BP by Hillis-Steele", 3, 1, None, Parallel(lib.name, xp))
+
+
+def _torch(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: Any) -> Iterator[Method]:
+    import torch
+
+    kind = case["cell"].upper()
+
+    def layer(cls: Callable[..., Any], **options: Any) -> Any:
+        module = cls(case["H"], case["H"], **options).to(x.device)
+        with torch.no_grad():
+            for own, given in zip(module.parameters(), params, strict=True):
+                own.copy_(given)
+        return module
+
+    def method(name: str, module: Any, run: Any = None, **what: Any) -> Method:
+        own = list(module.parameters())
+        run = run or (lambda: _first(module(x)))
+        return Method(name, lib, run, lambda y: torch.autograd.grad(y, own, dy), **what)
+
+    cudnn = "cuDNN" if lib.on_gpu else "the library's own"
+    yield method(f"torch.nn.{kind} ({cudnn})", layer(getattr(torch.nn, kind)))
+    ours = getattr(lib.front_end, kind)
+    yield method("iterations=None", layer(ours), ours=True)
+    for name, k, chunk, residual in _variants():
+        exact = {"exact": "adjoint"} if k is None else {}
+        module = layer(ours, iterations=k, chunk=chunk, residual=residual, **exact)
+        yield method(name, module, k=k, chunk=chunk, ours=residual is None, exact=k is None)
+    if find_spec("pararnn"):
+        import pararnn
+
+        cell = (pararnn.ParaGRU if kind == "GRU" else pararnn.ParaLSTM)(case["H"], case["H"])
+        other = pararnn.ParaRNN(cell, batch_first=False).to(x.device)
+        yield method(f"pararnn {type(cell).__name__} (another model: diagonal)", other, yardstick=True)
+    if "setting" in case:
+        cell = layer(torch.nn.GRUCell)
+
+        def loop() -> Any:
+            h, states = torch.zeros_like(x[0]), []
+            for row in x.unbind(0):
+                h = cell(row, h)
+                states.append(h)
+            return torch.stack(states)
+
+        yield method("loop over steps (the paper's setting)", cell, loop)
+
+
+def _first(found: Any) -> Any:
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _jax(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: Any) -> Iterator[Method]:
+    import jax
+    import jax.numpy as jnp
+
+    gru = case["cell"] == "gru"
+    own = (hbp.cells.GRUParameters if gru else hbp.cells.LSTMParameters)(*params)
+    zero = jnp.zeros_like(x[0])
+
+    def method(name: str, run: Callable[[Any, Any], Any], **what: Any) -> Method:
+        forward = jax.jit(lambda params, x: jax.vjp(lambda params: run(params, x), params))
+        backward = jax.jit(lambda pull, dy: pull(dy)[0])
+        return Method(name, lib, lambda: forward(own, x), lambda state: backward(state[1], dy), **what)
+
+    def plain(params: Any, x: Any) -> Any:
+        inputs = x @ params.weight_ih.T + params.bias_ih
+        carry = zero if gru else (zero, zero)
+        return jax.lax.scan(lambda carry, row: _jax_step(params, carry, row), carry, inputs)[1]
+
+    yield method("jax.lax.scan", plain)
+    layer = lib.front_end.gru if gru else lib.front_end.lstm
+    for name, k, chunk, residual in _variants():
+        if residual is None:
+            run = lambda params, x, k=k, chunk=chunk: layer(  # noqa: E731
+                params, x, zero if gru else (zero, zero), iterations=k, chunk=chunk
+            )[1]
+            label = "iterations=None" if k is None else name
+            yield method(label, run, k=k, chunk=chunk, ours=True, exact=k is None)
+
+
+def _jax_step(params: Any, carry: Any, row: Any) -> Any:
+    """One step of the plain program, as one would write it by hand."""
+    import jax
+    import jax.numpy as jnp
+
+    if not isinstance(carry, tuple):
+        r_x, z_x, n_x = jnp.split(row, 3, -1)
+        r_h, z_h, n_h = jnp.split(carry @ params.weight_hh.T + params.bias_hh, 3, -1)
+        z, n = jax.nn.sigmoid(z_x + z_h), jnp.tanh(n_x + jax.nn.sigmoid(r_x + r_h) * n_h)
+        h = n + z * (carry - n)
+        return h, h
+    h, c = carry
+    i, f, g, o = jnp.split(row + h @ params.weight_hh.T + params.bias_hh, 4, -1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    return (h, c), h

@@ -1,0 +1,142 @@
+"""The diagonal suffix scan alone: g[i] = a[i] g[i+1] + c[i]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+import hbp
+from benchmarks.measure import Library, Method
+from hbp.backends._array import ArrayBackend
+from hbp.core.scan import hillis_steele
+
+CASES = {
+    "quick": [{"T": T, "B": 8, "D": 128} for T in (1024, 4096, 16384)],
+    "full": [{"T": T, "B": B, "D": D} for B, D in ((1, 64), (1, 1024), (8, 128)) for T in (256, 1024, 4096, 16384)],
+}
+GPU_CASES = [{"T": T, "B": B, "D": D} for B, D in ((1, 128), (8, 512), (32, 1024)) for T in (256, 1024, 4096, 16384)]
+CHECK = {"T": 37, "B": 2, "D": 5}
+
+
+def problem(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Random gates in (0, 1), (T, B, D), and cotangents, (T+1, B, D), float32."""
+    rng, shape = np.random.default_rng(0), (case["B"], case["D"])
+    gates = rng.random((case["T"], *shape), dtype=np.float32)
+    return gates, rng.standard_normal((case["T"] + 1, *shape), dtype=np.float32)
+
+
+def reference(case: dict[str, Any], method: Method | None = None) -> np.ndarray:
+    """The scan in float64, step by step."""
+    gates, c = problem(case)
+    g = c.astype(np.float64)
+    for i in range(len(gates) - 1, -1, -1):
+        g[i] += gates[i] * g[i + 1]
+    return g.ravel()
+
+
+def moved_bytes(case: dict[str, Any]) -> int:
+    """Both inputs read and the result written, once."""
+    return 4 * 3 * case["T"] * case["B"] * case["D"]
+
+
+class Parallel(ArrayBackend):
+    """A backend whose scan is Hillis-Steele's, the paper's."""
+
+    def suffix_scan(self, operator: Any, c: Any) -> Any:
+        return hillis_steele(operator, c, self)
+
+    def concat(self, arrays: Any, axis: int = 0) -> Any:
+        return self.xp.cat(tuple(arrays), axis) if self.name == "torch" else super().concat(arrays, axis)
+
+
+def methods(case: dict[str, Any], lib: Library) -> Iterator[Method]:
+    """hbp's scan in a library, Hillis-Steele's, the loop step by step, and what others ship."""
+    gates, c = (lib.array(x) for x in problem(case))
+    operator, parallel = hbp.Diagonal(gates), Parallel(lib.name, lib.front_end.backend.xp)
+    ours, hillis = (lib.front_end.jit(f) for f in (lib.front_end.backend.propagate, parallel.propagate))
+    yield Method("hbp", lib, lambda: ours(operator, c), None, ours=True)
+    yield Method("Hillis-Steele (the paper's)", lib, lambda: hillis(operator, c), None)
+    for name, run, finish in _OTHERS.get(lib.name, lambda *_: ())(gates, c):
+        yield Method(name, lib, run, None, finish=finish, yardstick="no scan" in name)
+
+
+Other = tuple[str, Callable[[], Any], Callable[[Any], Any]]
+
+
+def _numpy_others(gates: np.ndarray, c: np.ndarray) -> Iterator[Other]:
+    def loop() -> np.ndarray:
+        g, carried = c.copy(), np.empty_like(c[0])
+        for i in range(len(gates) - 1, -1, -1):
+            np.multiply(gates[i], g[i + 1], out=carried)
+            g[i] += carried
+        return g
+
+    yield "loop over steps, in place", loop, lambda g: g
+    a, b, out = gates, gates.copy(), np.empty_like(gates)
+    yield "a * b into a third array (no scan)", lambda: np.multiply(a, b, out=out), lambda _: None
+
+
+def _torch_others(gates: Any, c: Any) -> Iterator[Other]:
+    """Loops, and packages whose scans run forward in time: time is reversed for them, and laid out, untimed."""
+    import torch
+
+    def loop() -> Any:
+        rows = list(c.unbind(0))
+        g = [rows.pop()]
+        for gate, row in zip(reversed(gates.unbind(0)), reversed(rows), strict=True):
+            g.append(torch.addcmul(row, gate, g[-1]))
+        return torch.stack(g[::-1])
+
+    yield "loop over steps", loop, lambda g: g
+    a, x = torch.cat([gates, torch.zeros_like(gates[:1])]).flip(0), c.flip(0)
+    if find_spec("mambapy"):
+        scan = import_module("mambapy.pscan").pscan
+        own = [v.transpose(0, 1)[..., None].contiguous() for v in (a, x)]  # (B, T, D, 1)
+        yield "mambapy pscan", lambda: scan(*own), lambda h: h[..., 0].transpose(0, 1).flip(0)
+    if find_spec("accelerated_scan"):
+        kind = "warp" if c.device.type == "cuda" else "ref"
+        accelerated = import_module(f"accelerated_scan.{kind}").scan
+        extra = (1 << (len(c) - 1).bit_length()) - len(c)  # it takes powers of two
+        rows = [torch.nn.functional.pad(v.permute(1, 2, 0), (0, extra)).contiguous() for v in (a, x)]
+        length = len(c)
+        yield (
+            f"accelerated-scan {kind}",
+            lambda: accelerated(*rows),
+            lambda h: h[..., :length].permute(2, 0, 1).flip(0),
+        )
+
+
+def _jax_others(gates: Any, c: Any) -> Iterator[Other]:
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def tree(gates: Any, c: Any) -> Any:
+        def combine(later: Any, earlier: Any) -> Any:  # in a reverse scan the later element comes first
+            return later[0] * earlier[0], earlier[0] * later[1] + earlier[1]
+
+        filled = jnp.concatenate([gates, jnp.zeros_like(gates[:1])])
+        return jax.lax.associative_scan(combine, (filled, c), reverse=True)[1]
+
+    @jax.jit
+    def loop(gates: Any, c: Any) -> Any:
+        def step(g: Any, row: Any) -> Any:
+            g = row[0] * g + row[1]
+            return g, g
+
+        states = jax.lax.scan(step, c[-1], (gates, c[:-1]), reverse=True)[1]
+        return jnp.concatenate([states, c[-1:]])
+
+    yield "jax.lax.associative_scan", lambda: tree(gates, c), lambda g: g
+    yield "jax.lax.scan", lambda: loop(gates, c), lambda g: g
+
+
+_OTHERS: dict[str, Callable[[Any, Any], Iterator[Other]]] = {
+    "numpy": _numpy_others,
+    "torch": _torch_others,
+    "jax": _jax_others,
+}

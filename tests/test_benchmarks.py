@@ -1,0 +1,140 @@
+"""The benchmarks' own correctness: what they check, measure and write, at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
+pytest.importorskip("rich", reason="the benchmarks show their progress with rich")
+
+from benchmarks import __main__ as command
+from benchmarks import measure, memory, report, rnn, scan, stack
+
+GRU = {"cell": "gru", "T": 20, "B": 2, "H": 4, "weights": 1.0}
+LSTM = {**GRU, "cell": "lstm"}
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setattr(command, "_TESTS", {})
+    monkeypatch.setitem(scan.CASES, "quick", [{"T": 9, "B": 2, "D": 3}, {"T": 17, "B": 2, "D": 3}])
+    monkeypatch.setitem(rnn.CASES, "quick", [GRU, LSTM])
+    monkeypatch.setitem(stack.CASES, "quick", [{"L": 9, "d": 3, "B": 2}])
+    monkeypatch.setitem(memory.CASES, "quick", [GRU])
+
+
+def run(library, tmp_path, *tables):
+    status = command.main([*tables, "--backends", library.name, "--out", str(tmp_path)])
+    return status, {table: json.loads((tmp_path / f"{table}.json").read_text()) for table in tables}
+
+
+def test_every_row_is_checked_and_timed(library, tmp_path):
+    tables = ["scan", "rnn", "stack"] if library.name in ("torch", "jax") else ["scan", "rnn"]
+    status, documents = run(library, tmp_path, *tables)
+    assert status == 0
+    for table, document in documents.items():
+        assert document["environment"]["versions"]["numpy"]
+        assert document["environment"]["limits"][library.name]["flops_per_s"] > 0
+        rows = [row for row in document["rows"] if "no scan" not in row["method"] and "another" not in row["method"]]
+        assert any(row["ours"] for row in rows)
+        for row in rows:
+            assert row["failed"] is None
+            assert row["check"] < 1e-4
+            assert (row["error"] < 1e-4) == (row["exact"] or row["error"] < 1e-4)
+            median, low, high = row["whole_ms"]
+            assert 0 < low <= median <= high
+            if table != "scan":
+                assert row["forward_ms"][0] + row["backward_ms"][0] < 10 * median
+        text = (tmp_path / f"{table}.md").read_text()
+        assert text.count("| ---") == len({json.dumps(row["case"]) for row in rows})
+
+
+def test_a_wrong_method_is_not_timed(tmp_path, monkeypatch, capsys):
+    def wrong(case, lib, real=scan.methods):
+        for method in real(case, lib):
+            yield replace(method, forward=lambda f=method.forward: 1.001 * f()) if method.ours else method
+
+    monkeypatch.setattr(scan, "methods", wrong)
+    assert command.main(["scan", "--backends", "numpy", "--out", str(tmp_path)]) == 1
+    assert "relative error 1.0e-03 in its test" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "scan.json").read_text())["rows"]
+    assert {row["whole_ms"] is None for row in rows if row["ours"]} == {True}
+    assert {row["whole_ms"] is None for row in rows if not row["ours"]} == {False}
+    assert "hbp" not in (tmp_path / "scan.md").read_text().split("\n\n", 1)[1]
+
+
+def test_the_reference_is_the_derivative():
+    """Finite differences of the loss along the gradient, in float64."""
+    for case, module in ((GRU, rnn), (LSTM, rnn), ({"L": 5, "d": 3, "B": 2}, stack)):
+        gradient = module.reference(case)
+        assert gradient.size == sum(a.size for a in parameters(module, case))
+        slope = (loss(module, case, 1e-6 * gradient) - loss(module, case, -1e-6 * gradient)) / 2e-6
+        assert slope == pytest.approx(gradient @ gradient, rel=1e-6)
+
+
+def parameters(module, case):
+    found = module.problem(case)
+    return found[0] if module is rnn else [w for pair in zip(*found[:2], strict=True) for w in pair]
+
+
+def loss(module, case, shift):
+    """The loss with all parameters moved, by the formulas alone."""
+    arrays, at = [], 0
+    for a in parameters(module, case):
+        arrays.append(a.astype(np.float64) + shift[at : at + a.size].reshape(a.shape))
+        at += a.size
+    *_, x, dy = module.problem(case)
+    if module is stack:
+        for u, w in zip(arrays[::2], arrays[1::2], strict=True):
+            x = x + np.tanh(x @ u) @ w
+        return (x * dy).sum()
+    sigmoid = lambda a: 1 / (1 + np.exp(-a))  # noqa: E731
+    w_ih, w_hh, b_ih, b_hh = arrays
+    h = c = np.zeros(x.shape[1:])
+    total = 0.0
+    for row, weight in zip(x, dy, strict=True):
+        own, past = row @ w_ih.T + b_ih, h @ w_hh.T + b_hh
+        if case["cell"] == "gru":
+            (r, z, n), (r_h, z_h, n_h) = np.split(own, 3, -1), np.split(past, 3, -1)
+            z = sigmoid(z + z_h)
+            h = (1 - z) * np.tanh(n + sigmoid(r + r_h) * n_h) + z * h
+        else:
+            i, f, g, o = np.split(own + past, 4, -1)
+            c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+            h = sigmoid(o) * np.tanh(c)
+        total += (h * weight).sum()
+    return total
+
+
+def test_times_are_medians_of_all_rounds(monkeypatch):
+    ticks = iter(np.cumsum([1.0, 2.0, 3.0, 4.0] * 100).tolist())
+    monkeypatch.setattr(measure, "perf_counter", lambda: next(ticks))
+    method = measure.Method("m", measure.library("numpy"), lambda: 0, lambda state: state)
+    row = measure.Row.of("t", {}, method)
+    measure.time_all([(row, method)], 4, lambda: None)
+    assert row.forward_ms[0] + row.backward_ms[0] == pytest.approx(row.whole_ms[0])
+    assert measure.milliseconds([1, 5, 2]) == [2000, 1500, 3500]
+
+
+def test_memory(tmp_path):
+    status, documents = run(type("L", (), {"name": "numpy"}), tmp_path, "memory")
+    assert status == 0
+    for row in documents["memory"]["rows"]:
+        assert row["saved_bytes"] >= 4 * GRU["T"] * GRU["B"] * GRU["H"]  # the states
+    assert report.write(tmp_path / "memory.json")[-1].stat().st_size > 1000
+
+
+def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command.main(["scam"])
+    assert caught.value.code == 2
+    file = tmp_path / "file"
+    file.touch()
+    assert command.main(["scan", "--backends", "numpy", "--out", str(file)]) == 2
+    monkeypatch.setenv("HBP_KERNELS", "on")
+    assert command.main(["scan", "--backends", "numpy", "--out", str(tmp_path)]) == 2
+    assert "give one of auto, all, off" in capsys.readouterr().err
