@@ -44,13 +44,12 @@ def test_every_row_is_checked_and_timed(library, tmp_path):
         for row in rows:
             assert row["failed"] is None
             assert row["check"] < 1e-4
-            assert (row["error"] < 1e-4) == (row["exact"] or row["error"] < 1e-4)
+            assert row["error"] < (1e-4 if row["exact"] else 2)
+            assert row["error"] > 1e-4 or row["cosine"] > 1 - 1e-8
             median, low, high = row["whole_ms"]
             assert 0 < low <= median <= high
-            if table != "scan":
-                assert row["forward_ms"][0] + row["backward_ms"][0] < 10 * median
         text = (tmp_path / f"{table}.md").read_text()
-        assert text.count("| ---") == len({json.dumps(row["case"]) for row in rows})
+        assert text.count("| --- | --- |") == len({json.dumps(row["case"]) for row in rows})
 
 
 def test_a_wrong_method_is_not_timed(tmp_path, monkeypatch, capsys):

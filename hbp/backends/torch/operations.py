@@ -50,7 +50,7 @@ class TorchBackend(ArrayBackend):
         return y, lambda cotangent: pullback(cotangent)[0]
 
     def kernel(self, name: str, *arrays: Tensor) -> Callable[..., Any] | None:
-        if _traced(*arrays):
+        if _traced(*arrays) or not {type(array) for array in arrays} <= {Tensor, torch.nn.Parameter}:
             return None
         kinds, devices = {array.dtype for array in arrays}, {array.device.type for array in arrays}
         if devices == {"cuda"}:
