@@ -1,4 +1,4 @@
-"""``python -m benchmarks scan|rnn|stack|memory``: measure, write the JSON, and make the table and the plots from it."""
+"""``python -m benchmarks scan|rnn|stack|memory|crossover``: measure, write the JSON, and make the table and the plots from it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import memory, report, rnn, scan, stack
+from benchmarks import crossover, memory, report, rnn, scan, stack
 from benchmarks.environment import environment
 from benchmarks.measure import Library, Method, Row, distance, first_calls, library, time_all
 from hbp.backends._kernels import level
 from hbp.core.registry import LIBRARIES, available
 
-TABLES = {"scan": scan, "rnn": rnn, "stack": stack, "memory": memory}
+TABLES = {"scan": scan, "rnn": rnn, "stack": stack, "memory": memory, "crossover": crossover}
 ROUNDS = {"quick": 5, "full": 7}
 TOLERANCE = 1e-4
 """The largest relative error with which a float32 method passes the test before it is timed."""

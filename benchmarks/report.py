@@ -15,6 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
+from benchmarks.crossover import kind
+
 Rows = list[dict[str, Any]]
 EXACT = 1e-7
 """The error at which the logarithmic axis of errors ends."""
@@ -31,7 +33,8 @@ def write(path: Path) -> list[Path]:
     markdown.write_text(f"{_where(document)}\n\n{''.join(_tables(table, rows))}")
     pictures = {
         "scan": [("", _scan_speed)],
-        "rnn": [("-error", _error_against_time), ("-speed", _speed), ("-crossover", _crossover)],
+        "rnn": [("-error", _error_against_time), ("-speed", _speed)],
+        "crossover": [("", _crossover), ("-speed", _speed)],
         "stack": [("-error", _error_against_time)],
         "memory": [("", _memory)],
     }[table]
@@ -211,25 +214,15 @@ def _speed(rows: Rows) -> Any:
 
 
 def _kind(row: dict[str, Any]) -> str | None:
-    """Which of the three that are compared a row belongs to."""
-    if row["exact"]:
-        return "exact" if row["method"] == "exact adjoint" else "library" if not row["ours"] else None
-    return "highway" if row["method"] == "Highway-BP" and row["chunk"] == 1 and row["k"] in (1, 3) else None
+    return kind(row["method"], row["k"], row["chunk"])
 
 
 def _crossover(rows: Rows) -> Any:
     """Who has the fastest whole step over T and B, a panel for each cell and H, in PyTorch; by what factor."""
-    own = [
-        r
-        for r in rows
-        if r["library"] == "torch" and _kind(r) and "setting" not in r["case"] and r["case"]["weights"] == 1
-    ]
-    if len({(r["case"]["T"], r["case"]["B"]) for r in own}) < 4:
-        return None
-    panels = sorted({(r["case"]["cell"], r["case"]["H"]) for r in own})
+    panels = sorted({(r["case"]["cell"], r["case"]["H"]) for r in rows})
     figure, axes = _panels(len(panels), 5, 4)
     for axis, (cell, size) in zip(axes, panels, strict=False):
-        part = [r for r in own if (r["case"]["cell"], r["case"]["H"]) == (cell, size)]
+        part = [r for r in rows if (r["case"]["cell"], r["case"]["H"]) == (cell, size)]
         steps, batches = (sorted({r["case"][name] for r in part}) for name in "TB")
         for (i, T), (j, B) in ((t, b) for t in enumerate(steps) for b in enumerate(batches)):
             here = [r for r in part if (r["case"]["T"], r["case"]["B"]) == (T, B)]

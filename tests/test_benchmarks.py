@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("rich", reason="the benchmarks show their progress with rich")
 
 from benchmarks import __main__ as command
-from benchmarks import measure, memory, report, rnn, scan, stack
+from benchmarks import crossover, measure, memory, report, rnn, scan, stack
 
 GRU = {"cell": "gru", "T": 20, "B": 2, "H": 4, "weights": 1.0}
 LSTM = {**GRU, "cell": "lstm"}
@@ -24,6 +24,7 @@ def _tiny(monkeypatch):
     monkeypatch.setitem(scan.CASES, "quick", [{"T": 9, "B": 2, "D": 3}, {"T": 17, "B": 2, "D": 3}])
     monkeypatch.setitem(rnn.CASES, "quick", [GRU, LSTM])
     monkeypatch.setitem(stack.CASES, "quick", [{"L": 9, "d": 3, "B": 2}])
+    monkeypatch.setitem(crossover.CASES, "quick", [GRU, {**GRU, "B": 3}, {**GRU, "T": 9}, LSTM])
     monkeypatch.setitem(memory.CASES, "quick", [GRU])
 
 
@@ -33,7 +34,8 @@ def run(library, tmp_path, *tables):
 
 
 def test_every_row_is_checked_and_timed(library, tmp_path):
-    tables = ["scan", "rnn", "stack"] if library.name in ("torch", "jax") else ["scan", "rnn"]
+    tables = ["scan", "rnn"]
+    tables += {"torch": ["stack", "crossover"], "jax": ["stack"]}.get(library.name, [])
     status, documents = run(library, tmp_path, *tables)
     assert status == 0
     for table, document in documents.items():

@@ -297,6 +297,37 @@ def test_bad_input_is_named(device: str, rng: np.random.Generator) -> None:
         gru_rounds(chain, array(np.ones((4, 2, 2))), -1)
 
 
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_cells_and_solvers_ask_for_the_kernels(
+    cell: str, device: str, monkeypatch: pytest.MonkeyPatch, rng: Any
+) -> None:
+    """The pullbacks of the cells and `propagate` with the kernels are those without."""
+    gates, steps, batch, size = 3 if cell == "gru" else 4, 9, 2, 4
+    shapes = ((gates * size, 3), (gates * size, size), (gates * size,), (gates * size,))
+    params = [torch.from_numpy(rng.normal(size=shape)).to(device) for shape in shapes]
+    x, d = (torch.from_numpy(rng.normal(size=(steps, batch, n))).to(device) for n in (3, size))
+    state, asked = d[0] / 2, []
+
+    def pulled(k: int) -> list[Any]:
+        if cell == "gru":
+            found = hbp.cells.gru(GRUParameters(*params), x, state)[1](d, iterations=k)
+            return [*found[0], *found[1:]]
+        found = hbp.cells.lstm(LSTMParameters(*params), x, (state, state))[1]((d, d), iterations=k)
+        return [*found[0], found[1], *found[2]]
+
+    def kernel(self: Any, name: str, *arrays: Any) -> Any:
+        asked.append(name)
+        return {"suffix_scan": suffix_scan, "gru_rounds": gru_rounds, "lstm_rounds": lstm_rounds}.get(name)
+
+    monkeypatch.setattr(TorchBackend, "kernel", lambda *_: None)
+    expected = [*pulled(0), *pulled(3), hbp.propagate(Diagonal(x[1:]), x)]
+    monkeypatch.setattr(TorchBackend, "kernel", kernel)
+    found = [*pulled(0), *pulled(3), hbp.propagate(Diagonal(x[1:]), x)]
+    assert {f"{cell}_rounds", "suffix_scan"} <= set(asked)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 COMPILE = """
 import torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget

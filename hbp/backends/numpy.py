@@ -23,9 +23,10 @@ class NumpyBackend(NumpyLike):
         return CPU.state()
 
     def kernel(self, name: str, *arrays: np.ndarray) -> Callable[..., Any] | None:
-        kinds = {array.dtype for array in arrays}
-        module = CPU.load() if len(kinds) == 1 and kinds <= {np.dtype("f4"), np.dtype("f8")} else None
-        return getattr(module, name, None)
+        kinds, classes = {array.dtype for array in arrays}, {type(array) for array in arrays}
+        if len(kinds) > 1 or not kinds <= {np.dtype("f4"), np.dtype("f8")} or not classes <= {np.ndarray, np.memmap}:
+            return None
+        return getattr(CPU.load(), name, None)
 
 
 backend = NumpyBackend()

@@ -47,7 +47,7 @@ def _gru_block(block: GRUPullback, dh: Array, carry: Array, threads: Threads) ->
     tanh(inputs[..., : 2 * size], out=inputs[..., : 2 * size])
     threads.run(partial(loops.gru_candidate(dtype), *pair), count, numbers)
     tanh(inputs[..., 2 * size :], out=inputs[..., 2 * size :])
-    carry = block.backend.concat([carry])  # ours to change, and contiguous
+    carry = _own(carry, block.backend)
     arrays = (*map(as_numpy, (inputs, recurrent, block.h0, block.h, dh, carry)), _weight(params.weight_hh))
     _steps(partial(loops.gru_steps(dtype), *arrays), recurrent, carry, params.weight_hh, block.backend, threads)
     return inputs, recurrent, carry
@@ -80,11 +80,11 @@ def lstm_adjoint(
     backend.xp.tanh(a, out=a)
     c = pullback.states[1]
     if c is None:
-        c = backend.concat([pullback.states[0]])  # as many numbers, to be overwritten
+        c = _own(pullback.states[0], backend)  # as many numbers, to be overwritten
         memory = partial(loops.lstm_memory(dtype), *map(as_numpy, (a, c0, c)))
         threads.run(memory, len(h0), rows.size)
     cotangents = [np.broadcast_to(dtype.type(0), c.shape) if d is None else as_numpy(d) for d in dstates]
-    carries = tuple(backend.concat([backend.zeros_like(state)]) for state in (h0, c0))
+    carries = tuple(_own(backend.zeros_like(state), backend) for state in (h0, c0))
     arrays = (*map(as_numpy, (a, c0, c, backend.xp.tanh(c))), *cotangents, *map(as_numpy, carries))
     run = partial(loops.lstm_steps(dtype), *arrays, _weight(params.weight_hh))
     _steps(run, a, carries[0], params.weight_hh, backend, threads)
@@ -101,6 +101,11 @@ def _lstm_parameters(params: LSTMParameters, a: Array, joined: Array) -> LSTMPar
         None if params.bias_ih is None else bias,
         None if params.bias_hh is None else bias,
     )
+
+
+def _own(x: Array, backend: Any) -> Array:
+    """A contiguous copy: NumPy keeps the order of axes wherever it can."""
+    return backend.concat([x.reshape((-1,))]).reshape(x.shape)
 
 
 def _rows(x: Array) -> np.ndarray:

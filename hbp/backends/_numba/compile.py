@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -24,7 +25,7 @@ SMALL = 1 << 18
 
 def as_numpy(array: Any) -> np.ndarray:
     """A NumPy array, or a PyTorch tensor on a CPU, as a NumPy array on the same memory."""
-    return np.asarray(array.detach() if hasattr(array, "detach") else array)
+    return np.asarray(array.detach().resolve_neg() if hasattr(array, "detach") else array)
 
 
 def reads(axes: int) -> Argument:
@@ -100,12 +101,20 @@ def own_threads() -> Threads:
     Not Numba's own, which abort the process when two threads enter them at once, or after a fork.
     """
     limit, available = os.environ.get("OMP_NUM_THREADS", ""), int(numba.config.NUMBA_NUM_THREADS)
-    return Threads(min(available, int(limit)) if limit.isdigit() and int(limit) else available, _in_pool)
+    return Threads(min(available, int(limit)) if limit.isdecimal() and int(limit) else available, _in_pool)
 
 
 def _in_pool(kernel: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
-    waiting = [_pool().submit(kernel, *part) for part in ranges[1:]]
-    kernel(*ranges[0])
+    left = iter(ranges)
+
+    def work() -> None:
+        for part in left:  # however many threads there are
+            kernel(*part)
+
+    waiting = []
+    with suppress(RuntimeError):  # no thread starts while the interpreter ends
+        waiting += [_pool().submit(work) for _ in ranges[1:]]
+    work()
     for future in waiting:
         future.result()
 

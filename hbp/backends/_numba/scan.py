@@ -31,6 +31,8 @@ def suffix_scan(operator: LinearOperator, c: Any, threads: Threads | None = None
     [7.0, 3.0, 1.0]
     """
     c = as_numpy(c)
+    if not c[1:].size:
+        return np.array(c)
     g = np.empty(c.shape, c.dtype)
     if operator.arrays:
         values = as_numpy(operator.arrays[0])
@@ -46,6 +48,8 @@ def suffix_scan(operator: LinearOperator, c: Any, threads: Threads | None = None
 def suffix_scan_(values: Any, g: Any, threads: Threads | None = None) -> None:
     """``g[i] += values[i] * g[i+1]`` from the end on: values (L, ...) as they broadcast, g (L+1, ...) contiguous."""
     g = as_numpy(g)
+    if not g[1:].size:
+        return
     arrays = _planes(_spread_out(as_numpy(values), g)), _planes(g)
     _over_channels(partial(_scan_in_place(g.dtype), *arrays), arrays[-1], threads)
 

@@ -63,15 +63,16 @@ class RecurrentLayer(torch.autograd.Function):
                 _with_final(dh if n == 0 else torch.zeros_like(dh), final[d].to(wide), lengths)
                 for n, final in enumerate(dfinals)
             ]
-            found, back, initial = _pull(
-                ctx.options,
-                weights[d * count : (d + 1) * count],
-                _turned(x, d, lengths),
-                [state[d] for state in states],
-                _turned(y[..., own], d, lengths),
-                cotangents,
-                ctx.needs_input_grad[2],
-            )
+            with torch.autocast(dy.device.type, enabled=False):  # the dtype was chosen above
+                found, back, initial = _pull(
+                    ctx.options,
+                    weights[d * count : (d + 1) * count],
+                    _turned(x, d, lengths),
+                    [state[d] for state in states],
+                    _turned(y[..., own], d, lengths),
+                    cotangents,
+                    ctx.needs_input_grad[2],
+                )
             if back is not None:
                 back = _turned(back, d, lengths)
                 dx = back if dx is None else dx + back

@@ -85,10 +85,12 @@ class TorchBackend(ArrayBackend):
 
 
 def _traced(*tensors: Tensor) -> bool:
-    """Whether somebody looks on: autograd, a transform of `torch.func`, or the compiler."""
+    """Whether somebody looks on: autograd in either mode, a transform of `torch.func`, a tracer, or the compiler."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return True
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    transformed = any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
-    return recorded or transformed or torch.compiler.is_compiling()
+    forward = torch.autograd.forward_ad._current_level >= 0
+    return recorded or forward or any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
 
 
 def suffix_scan_(values: Tensor, g: Tensor) -> None:

@@ -1,0 +1,349 @@
+"""The kernels for CPUs against loops in float64, PyTorch's autograd and the plain definitions."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import cycle, product
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Library
+
+import hbp
+from hbp import Diagonal, Identity, LinearOperator, Scalar, cli
+from hbp.backends import _blocks, _kernels
+from hbp.backends.numpy import backend
+from hbp.cells import GRUParameters, LSTMParameters, gru, lstm
+from hbp.core.registry import resolve
+
+pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+from hbp.backends import _numba
+from hbp.backends._numba import adjoints, compile, scan
+from hbp.backends._numba.compile import Threads
+
+LENGTHS = (1, 2, 3, 17, 127, 128, 129, 1000)
+SHAPES = ((), (5,), (3, 4), (2, 3, 4), (2, 1, 3, 2))
+TILES = ((4095,), (4096,), (1, 4097), (7, 4097), (2, 8193))  # about as large as a tile
+TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
+both_dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
+every_operator = pytest.mark.parametrize("kind", ["diagonal", "shared", "scalars", "number", "identity"])
+ADJOINTS = {"gru": adjoints.gru_adjoint, "lstm": adjoints.lstm_adjoint}
+both_cells = pytest.mark.parametrize("cell", ADJOINTS)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, so that numbers never written are seen."""
+    empty = np.empty
+    monkeypatch.setattr(np, "empty", lambda *args: np.full_like(empty(*args), np.nan))
+    monkeypatch.delenv(_kernels.VARIABLE, raising=False)
+
+
+@pytest.fixture(params=["one", "pool", "torch"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Threads:
+    """The calling thread, or seven for whatever little work, of either kind."""
+    if request.param == "one":
+        return Threads(1, lambda kernel, ranges: pytest.fail("one thread needs no others"))
+    monkeypatch.setattr(compile, "SMALL", 1)
+    monkeypatch.setattr(scan, "LARGE", 1)
+    own = pytest.importorskip("hbp.backends.torch.threads") if request.param == "torch" else None
+    return Threads(7, own._in_region if own and own._openmp() else compile._in_pool)
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are called."""
+    names: list[str] = []
+    for name, kernel in [(name, getattr(_numba, name)) for name in _numba.__all__]:
+        called = lambda *args, own=(name, kernel), **how: names.append(own[0]) or own[1](*args, **how)  # noqa: E731
+        monkeypatch.setattr(_numba, name, called)
+    return names
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def convert(request: pytest.FixtureRequest) -> Callable[[np.ndarray], Any]:
+    """From a NumPy array to the library's, on the same memory where PyTorch can."""
+    if request.param == "numpy":
+        return lambda a: a
+    torch = pytest.importorskip("torch")
+    return lambda a: torch.from_numpy(a if a.flags.writeable and min(a.strides, default=0) >= 0 else a.copy())
+
+
+def close(found: Any, expected: Any, tolerance: float) -> None:
+    """Equal shapes and None where None is expected; values to a part of the largest."""
+    for ours, other in zip(found, expected, strict=True):
+        assert getattr(ours, "shape", None) == getattr(other, "shape", None)
+        if other is not None:
+            np.testing.assert_allclose(np.asarray(ours), other, rtol=0, atol=tolerance * np.abs(other).max(initial=0))
+
+
+def loop(values: Any, c: Any) -> np.ndarray:
+    g = np.array(c, dtype=np.float64)
+    for i in reversed(range(len(c) - 1)):
+        g[i] += np.asarray(values[i], dtype=np.float64) * g[i + 1]
+    return g
+
+
+def operator_of(kind: str, rng: np.random.Generator, length: int, shape: Any, dtype: str) -> tuple[LinearOperator, Any]:
+    """Residual maps as a kernel gets them, and what each state is multiplied by."""
+    if kind in ("identity", "number"):
+        return (Identity(), np.ones(length)) if kind == "identity" else (Scalar(-0.7), np.full(length, -0.7))
+    own = {"scalars": (), "shared": (1,) * (len(shape) - 1) + shape[-1:]}.get(kind, shape)
+    values = rng.uniform(-1, 1, (length, *own)).astype(dtype)
+    return (Scalar if kind == "scalars" else Diagonal)(values), values
+
+
+@both_dtypes
+@pytest.mark.parametrize("shape", SHAPES + TILES, ids=str)
+@every_operator
+def test_scans_are_the_loop(kind, shape, dtype, threads, rng):
+    for length in (3,) if shape in TILES else LENGTHS:
+        operator, values = operator_of(kind, rng, length, shape, dtype)
+        c = rng.normal(size=(length + 1, *shape)).astype(dtype)
+        expected, before = loop(values, c), c.copy()
+        found = scan.suffix_scan(operator, c, threads)
+        assert found.dtype == dtype
+        close([found, c], [expected, before], TOLERANCE[dtype])
+        if operator.arrays:
+            scan.suffix_scan_(values, c, threads)
+            close([c], [expected], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (0,), (2, 0), (0, 2, 3), (2, 3, 0)], ids=str)
+def test_no_maps_and_no_channels(shape, threads, rng):
+    for length in (0, 3):
+        (operator, values), c = (
+            operator_of("diagonal", rng, length, shape, "float64"),
+            rng.normal(size=(length + 1, *shape)),
+        )
+        found = scan.suffix_scan(operator, c, threads), hbp.propagate(Diagonal(values), c)
+        close(found, [loop(values, c)] * 2, 1e-12)
+
+
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "transposed": lambda a: np.ascontiguousarray(a.T).T,
+    "gates": lambda a: np.concatenate([np.full_like(a, np.nan), a], -1)[..., a.shape[-1] :],
+    "strided": lambda a: np.repeat(np.repeat(a, 2, 0), 3, -1)[::2][..., ::3],
+    "reversed": lambda a: np.flip(np.flip(a).copy()),
+    "one row": lambda a: np.broadcast_to(a[:1], a.shape),
+    "one column": lambda a: np.broadcast_to(a[..., :1], a.shape),
+    "read-only": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scans_take_any_layout(shape, layout, convert, threads, rng):
+    change = LAYOUTS[layout]
+    values, c = rng.uniform(-1, 1, (9, *shape)), rng.normal(size=(10, *shape))
+    for v, s in ((change(values), c), (values, change(c)), (change(values), change(c))):
+        expected, before, g = loop(v, s), (v.copy(), s.copy()), s.copy(order="C")
+        close([scan.suffix_scan(Diagonal(convert(v)), convert(s), threads), v, s], [expected, *before], 1e-12)
+        scan.suffix_scan_(convert(v), convert(g), threads)
+        close([g], [expected], 1e-12)
+
+
+@both_dtypes
+@every_operator
+def test_propagate_is_the_kernel(kind, dtype, convert, used, monkeypatch, rng):
+    operator, _ = operator_of(kind, rng, 20, (3, 4), dtype)
+    given = type(operator)(*map(convert, operator.arrays)) if operator.arrays else operator
+    c = convert(rng.normal(size=(21, 3, 4)).astype(dtype))
+    found = hbp.propagate(given, c)
+    assert (type(found), found.dtype) == (type(c), c.dtype)
+    np.testing.assert_array_equal(found, scan.suffix_scan(operator.bind(20, np.asarray(c[0]), backend), np.asarray(c)))
+    monkeypatch.setenv(_kernels.VARIABLE, "off")
+    close([found], [np.asarray(hbp.propagate(given, c))], TOLERANCE[dtype])
+    assert used == ["suffix_scan"]
+
+
+def problem(cell: str, rng: Any, size: Any, dtype: str, biases: Any = (True, True), dc: bool = True) -> Any:
+    T, B, H = size
+    gates, kind, forward = (3, GRUParameters, gru) if cell == "gru" else (4, LSTMParameters, lstm)
+    new = lambda *shape: rng.normal(size=shape).astype(dtype)  # noqa: E731
+    params = kind(new(gates * H, 2), new(gates * H, H), *(new(gates * H) if bias else None for bias in biases))
+    x, dh = new(T, B, 2), new(T, B, H)
+    initial, d = (new(B, H), dh) if cell == "gru" else ((new(B, H), new(B, H)), (dh, new(T, B, H) if dc else None))
+    return forward(params, x, initial)[1], d
+
+
+def mapped(change: Callable[[Any], Any], tree: Any) -> Any:
+    return Library("numpy", None, change, np.asarray).tree(tree)
+
+
+def leaves(tree: Any) -> list[Any]:
+    return [leaf for item in tree for leaf in leaves(item)] if isinstance(tree, tuple) else [tree]
+
+
+def plain(pullback: Any, cotangents: Any) -> list[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(_kernels.VARIABLE, "off")
+        return leaves(pullback(cotangents))
+
+
+@both_cells
+@both_dtypes
+@pytest.mark.parametrize("step", ["compiled", "library", "blocks"])
+def test_adjoints_are_the_plain_pullback(cell, step, dtype, threads, monkeypatch, rng):
+    monkeypatch.setattr(adjoints, "COMPILED", 0 if step == "library" else 1 << 40)
+    if step == "blocks":
+        monkeypatch.setattr(_blocks, "BLOCK", 1)  # of 8 steps, the last shorter
+    options = cycle(product(product((True, False), repeat=2), (True, False), (True, False)))
+    for size, (biases, dc, c) in zip(product((1, 2, 30), (1, 3, 4, 5, 9), (1, 3, 8)), options, strict=False):
+        pullback, cotangents = problem(cell, rng, size, dtype, biases, dc)
+        expected = plain(pullback, cotangents)
+        if cell == "lstm" and not c:  # the states c have to be computed again
+            pullback = replace(pullback, states=(pullback.states[0], None))
+        found = ADJOINTS[cell](pullback, cotangents, threads=threads)
+        close(leaves(found), expected, TOLERANCE[dtype])
+        found = ADJOINTS[cell](pullback, cotangents, False, threads)
+        close(found[0], expected[:4], TOLERANCE[dtype])
+        assert found[1] is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@both_cells
+def test_adjoints_take_any_layout(cell, layout, convert, rng):
+    pullback, d = problem(cell, rng, (11, 5, 4), "float64")
+    given = [mapped(LAYOUTS[layout], part) for part in (*vars(pullback).values(), d) if part is not backend]
+    expected, before = plain(type(pullback)(*given[:-1], backend), given[-1]), leaves(mapped(np.copy, tuple(given)))
+    ours = [mapped(convert, part) for part in given]
+    found = type(pullback)(*ours[:-1], resolve(None, ours[1]))(ours[-1])
+    close([*leaves(found), *leaves(tuple(given))], [*expected, *before], 1e-12)
+
+
+@pytest.mark.parametrize("shape", ["plain", "packed", "batch_first", "autocast"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@both_cells
+def test_layers_are_pytorchs(cell, dtype, shape, used, monkeypatch):
+    torch, hb = pytest.importorskip("torch"), pytest.importorskip("hbp.backends.torch")
+    monkeypatch.setattr(compile, "SMALL", 1)
+    options = {"num_layers": 2, "bidirectional": True} if shape == "packed" else {"batch_first": shape == "batch_first"}
+    x, gradients = torch.randn(4, 9, 3, dtype=getattr(torch, dtype), requires_grad=True), []
+    given = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 3, 3, 2, 2, 2, 1, 1, 1]))
+    for library, own in ((torch.nn, {}), (hb, {"exact": "adjoint"})):
+        torch.manual_seed(1)
+        layer = getattr(library, cell.upper())(3, 5, **options, **own).to(x.dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=shape == "autocast"):
+            y, _ = layer(given if shape == "packed" else x)
+            y = y.data if shape == "packed" else y
+            loss = (y * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum()
+            found = torch.autograd.grad(loss, [*layer.parameters(), x], retain_graph=True)
+        gradients.append([g.double().numpy() for g in found])
+    assert shape == "autocast" or (f"{cell}_adjoint" in used) == (dtype in TOLERANCE)
+    close(*gradients[::-1], 0.1 if shape == "autocast" else {"float64": 1e-10, "float32": 1e-5}.get(dtype, 0.1))
+
+
+@pytest.mark.filterwarnings("ignore:.*(is deprecated|trace to be incorrect)")
+@pytest.mark.parametrize("how", ["forward mode", "jit.trace", "make_fx", "negative bit", "twice backward"])
+def test_what_does_more_than_compute_sees_the_operations(how, rng):
+    torch, values, c = pytest.importorskip("torch"), rng.uniform(-1, 1, (5, 3)), rng.normal(size=(6, 3))
+    maps, x = Diagonal(torch.from_numpy(values)), torch.from_numpy(c)
+    solve = lambda c: hbp.propagate(maps, c)  # noqa: E731
+    if how == "forward mode":
+        with torch.autograd.forward_ad.dual_level():
+            found = torch.autograd.forward_ad.unpack_dual(solve(torch.autograd.forward_ad.make_dual(x, x))).tangent
+    else:
+        found = {
+            "jit.trace": lambda: torch.jit.trace(solve, (torch.ones_like(x),), check_trace=False)(x),
+            "make_fx": lambda: torch.fx.experimental.proxy_tensor.make_fx(solve)(torch.ones_like(x))(x),
+            "negative bit": lambda: solve(torch.complex(x, -x).conj().imag),
+            "twice backward": lambda: torch.autograd.functional.jvp(solve, x, x)[1],
+        }[how]()
+    close([found], [loop(values, c)], 1e-12)
+
+
+def test_exact_paths():
+    torch, hb = pytest.importorskip("torch"), pytest.importorskip("hbp.backends.torch")
+    path = lambda kind, batch, hidden: kind(2, hidden).exact_path(torch.zeros(3, batch, 2))  # noqa: E731
+    assert [path(hb.GRU, 1, 64), path(hb.GRU, 16, 1024), path(hb.LSTM, 1, 64)] == ["adjoint"] * 3
+    assert [path(hb.LSTM, 16, 256), hb.LSTM(2, 64).exact_path(torch.zeros(3, 1, 2).half())] == ["library"] * 2
+
+
+def test_which_arrays_have_kernels(convert, monkeypatch, capsys):
+    half, single, double, integer = (convert(np.ones((3, 2), dtype)) for dtype in ("f2", "f4", "f8", "i4"))
+    own = resolve(None, single)
+    assert own.kernel("gru_rounds", single) is None
+    assert all([own.kernel("suffix_scan", single), own.kernel("suffix_scan", double, double)])
+    for arrays in ((single, double), (integer,), (half,)):
+        assert own.kernel("suffix_scan", *arrays) is None
+    assert backend.kernel("suffix_scan", np.ones(3, np.longdouble)) is None
+    monkeypatch.setenv(_kernels.VARIABLE, "off")
+    assert own.kernel("suffix_scan", single) is None
+    monkeypatch.setenv(_kernels.VARIABLE, "fast")
+    with pytest.raises(ValueError, match="HBP_KERNELS='fast'; give one of auto, all, off"):
+        own.kernel("suffix_scan", single)
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "hbp: HBP_KERNELS='fast'; give one of auto, all, off, or unset it\n"
+
+
+def test_the_path_is_logged_once_and_a_broken_compiler_is_a_warning(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "hbp")
+    for value in ("auto", "off", "all"):
+        monkeypatch.setenv(_kernels.VARIABLE, value)
+        _kernels.Kernels._loaded.cache_clear()
+        if value == "all":
+            monkeypatch.setitem(sys.modules, "hbp.backends._numba", None)
+            with pytest.warns(UserWarning, match="numba: .* cannot be loaded, the plain definitions run"):
+                backend.kernel("suffix_scan", np.ones(1))
+        assert [hbp.propagate(Identity(), np.ones((3, 1)))[0].item() for _ in range(3)] == [3, 3, 3]
+    _kernels.Kernels._loaded.cache_clear()
+    paths = [record.message.split(": ", 1)[1].split(",")[0] for record in caplog.records]
+    assert paths == ["numba: suffix scan", "plain (HBP_KERNELS=off)", "numba: suffix scan"]
+
+
+def run(code: str, **environment: str) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", f"import numpy as np, hbp, os, sys\n{code}"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_numba_is_imported_by_the_first_kernel(name):
+    pytest.importorskip(name)
+    loaded, use = "print('numba' in sys.modules)\n", "hbp.propagate(hbp.Identity(), hb.backend.xp.ones((2, 3)))\n"
+    assert run(f"{loaded}hb = hbp.use({name!r})\n{loaded}{use}{loaded}").split() == ["False", "False", "True"]
+
+
+def test_compiled_code_is_kept(tmp_path):
+    code = "from hbp.backends._numba.scan import _scan\nprint(len(_scan(np.dtype('f8')).stats.cache_hits))"
+    assert [run(code, NUMBA_CACHE_DIR=str(tmp_path)).strip() for _ in range(2)] == ["0", "1"]
+    assert {file.suffix for file in tmp_path.rglob("*.nb?")} == {".nbi", ".nbc"}
+
+
+SCAN = """
+import atexit, signal, threading, time
+from hbp.backends._numba import compile
+compile.SMALL, compile.numba.config.NUMBA_NUM_THREADS, found = 1, 3, []
+scan = lambda: found.append(bool(hbp.propagate(hbp.Identity(), np.ones((4, 9))).sum() == 90))
+atexit.register(lambda: print(len(found), all(found)))
+for _ in range(20): scan()
+time.sleep(0.2)
+"""
+
+
+@pytest.mark.parametrize("last", ["atexit.register(scan)", "threading.Timer(1, scan).start()", "fork"])
+def test_kernels_run_while_the_interpreter_ends_and_after_a_fork(last):
+    if last == "fork" and not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
+    code = "child = os.fork()\nos.waitpid(child, 0) if child else signal.alarm(20)\nscan()" if last == "fork" else last
+    assert run(SCAN + code) == "21 True\n" * (1 + (last == "fork"))
+
+
+@both_cells
+def test_kernels_run_in_several_threads_at_once(cell, threads, rng):
+    problems = [problem(cell, rng, (20, 5, 8), "float64") for _ in range(4)]
+    expected = [plain(*given) for given in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            found = pool.map(lambda given: leaves(ADJOINTS[cell](*given, threads=threads)), problems)
+            for ours, others in zip(found, expected, strict=True):
+                close(ours, others, 1e-12)
