@@ -1,4 +1,4 @@
-"""``python -m benchmarks scan|rnn|stack|memory|crossover``: measure, write the JSON, and make the table and the plots from it."""
+"""``python -m benchmarks``: measure, write the JSON, and make the table and the plots from it."""
 
 from __future__ import annotations
 

@@ -226,19 +226,19 @@ def _crossover(rows: Rows) -> Any:
         steps, batches = (sorted({r["case"][name] for r in part}) for name in "TB")
         for (i, T), (j, B) in ((t, b) for t in enumerate(steps) for b in enumerate(batches)):
             here = [r for r in part if (r["case"]["T"], r["case"]["B"]) == (T, B)]
-            times = {kind: min(r["whole_ms"][0] for r in here if _kind(r) == kind) for kind in {_kind(r) for r in here}}
+            times = {one: min(r["whole_ms"][0] for r in here if _kind(r) == one) for one in {_kind(r) for r in here}}
             if not times:
                 continue
             ranking = sorted(times, key=times.__getitem__)
             axis.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, color=COLORS[ranking[0]], alpha=0.6))
-            text = "\n".join(f"{kind} {times['library'] / times[kind]:.2f}x" for kind in ranking if kind != "library")
-            axis.text(j, i, text, ha="center", va="center", fontsize=8)
+            factors = [f"{one} {times['library'] / times[one]:.2f}x" for one in ranking if one != "library"]
+            axis.text(j, i, "\n".join(factors), ha="center", va="center", fontsize=8)
         axis.set(xticks=range(len(batches)), yticks=range(len(steps)), xlim=(-0.5, len(batches) - 0.5))
         axis.set(ylim=(-0.5, len(steps) - 0.5), xticklabels=batches, yticklabels=steps, xlabel="B", ylabel="T")
         axis.set_title(f"{cell.upper()}, H = {size}: speed of a whole step against torch.nn's", fontsize=8)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[kind], alpha=0.6) for kind in COLORS]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color, alpha=0.6) for color in COLORS.values()]
     figure.legend(
-        handles, [f"fastest: {LABELS[kind]}" for kind in COLORS], loc="outside lower center", ncols=3, fontsize=8
+        handles, [f"fastest: {LABELS[one]}" for one in COLORS], loc="outside lower center", ncols=3, fontsize=8
     )
     return figure
 
