@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         level()
-        names = options.backends or [name for name, state in available().items() if state]
+        given = [name for part in options.backends or () for name in part.split(",")]
+        names = list(dict.fromkeys(given)) or [name for name, state in available().items() if state]
         libraries = [library(name) for name in names]
         options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, ImportError, RuntimeError, OSError) as error:
@@ -65,9 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backends",
         nargs="+",
-        choices=list(LIBRARIES),
-        default=None,
-        help="array libraries; all usable ones if not given",
+        metavar="NAME",
+        help=f"array libraries, of {', '.join(LIBRARIES)}; all usable ones if not given",
     )
     parser.add_argument("--preset", choices=list(ROUNDS), default="quick", help="sizes, and the number of rounds")
     parser.add_argument("--out", type=Path, default=Path("hbp-benchmarks"), metavar="FOLDER", help="made if missing")
