@@ -41,7 +41,7 @@ def torch(session: nox.Session) -> None:
 
 @nox.session
 def jax(session: nox.Session) -> None:
-    session.install("-e", ".[jax]", *TEST_JAX)
+    session.install("-e", ".[jax,demo]", *TEST_JAX)
     session.run("pytest", "--backends=numpy,jax", *session.posargs)
 
 
@@ -57,7 +57,7 @@ def cupy(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """The benchmarks on this machine, with the packages of others that they compare with."""
     session.install("-e", ".[torch,jax,bench]", *BENCH, *CONSTRAINTS)
-    session.run("python", "-m", "benchmarks", *(session.posargs or ["scan", "rnn", "stack", "memory"]))
+    session.run("python", "-m", "benchmarks", *(session.posargs or ["scan", "rnn", "stack", "memory", "crossover"]))
 
 
 @nox.session(venv_backend="none")

@@ -46,12 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
         document = {"table": table, "preset": options.preset, "rounds": ROUNDS[options.preset], "environment": where}
         path = options.out / f"{table}.json"
         path.write_text(json.dumps({**document, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-        for made in report.write(path):
-            console.print(f"wrote {made}", soft_wrap=True)
         for row in rows:
             if row.failed:
                 failed = True
                 console.print(f"[red]{table} {row.case} {row.library} {row.method}: {row.failed}", soft_wrap=True)
+        if not rows:
+            console.print(f"{table} has no methods for {', '.join(names)}", soft_wrap=True)
+        for made in report.write(path):
+            console.print(f"wrote {made}", soft_wrap=True)
     return int(failed)
 
 
@@ -78,8 +80,10 @@ def _run(
     table: str, preset: str, libraries: list[Library], limits: dict[str, dict[str, float]], progress: Progress
 ) -> list[Row]:
     module = TABLES[table]
-    on_gpu = preset == "full" and any(lib.on_gpu for lib in libraries)
-    cases = module.GPU_CASES if on_gpu else module.CASES[preset]
+    on_gpu = [lib for lib in libraries if lib.on_gpu]
+    cases = module.CASES[preset]
+    if preset == "full" and on_gpu:
+        cases, libraries = module.GPU_CASES, on_gpu
     over_cases = progress.add_task(table, total=len(cases))
     rows = []
     for case in cases:
@@ -104,8 +108,11 @@ def _time(
     pairs = [(Row.of(table, case, method), method) for lib in libraries for method in module.methods(case, lib)]
     _test_all(table, case, pairs)
     alive = [(row, method) for row, method in pairs if row.failed is None]
-    exact = module.reference(case)
-    for row, found in first_calls([pair for pair in alive if not pair[1].yardstick]):
+    if not alive:
+        return [row for row, _ in pairs]
+    on_gpu = next((lib for lib in libraries if lib.on_gpu), None)
+    exact = module.reference(case, lib=on_gpu)
+    for row, found in first_calls(alive):
         row.error, row.cosine = distance(found, exact)
         if row.exact and row.error > 10 * TOLERANCE:
             row.failed = f"relative error {row.error:.1e} at full size"
@@ -113,7 +120,8 @@ def _time(
     alive = [(row, method) for row, method in alive if row.failed is None]
     time_all(alive, ROUNDS[preset], advance)
     for row, method in alive:
-        limit = limits[row.library]
+        same = [lib.name for lib in libraries if lib.on_gpu == method.library.on_gpu]
+        limit = {name: max(limits[other][name] for other in same) for name in limits[row.library]}
         if table == "scan":
             row.copy_fraction = _share(module.moved_bytes(case), row.whole_ms, limit["copy_bytes_per_s"])
         else:

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import Library
+from hbp.backends._kernels import VARIABLE
 
-PACKAGES = ("hbp", "numpy", "numba", "torch", "triton", "jax", "jaxlib", "mambapy", "accelerated-scan", "pararnn-torch")
+PACKAGES = ("hbp", "numpy", "numba", "torch", "triton", "jax", "jaxlib", "cupy-cuda12x", "cupy-cuda13x")
+PEERS = ("mambapy", "accelerated-scan", "pararnn-torch")
 
 
 def environment(libraries: list[Library]) -> dict[str, Any]:
@@ -28,10 +30,12 @@ def environment(libraries: list[Library]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in (*PACKAGES, *PEERS) if (found := _version(name))},
         "devices": {lib.name: lib.front_end.backend.device() for lib in libraries},
         "kernels": {lib.name: lib.front_end.backend.kernels() for lib in libraries},
-        "variables": {name: os.environ[name] for name in sorted(os.environ) if name.endswith("_NUM_THREADS")},
+        "variables": {
+            name: os.environ[name] for name in sorted(os.environ) if name.endswith("_NUM_THREADS") or name == VARIABLE
+        },
         "limits": {lib.name: limits(lib) for lib in libraries},
     }
 

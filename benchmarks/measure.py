@@ -35,6 +35,7 @@ def library(name: str) -> Library:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is float32
         return Library(
             name,
             front_end,
@@ -47,6 +48,7 @@ def library(name: str) -> Library:
         import jax
         import jax.numpy as jnp
 
+        jax.config.update("jax_default_matmul_precision", "highest")
         return Library(name, front_end, jnp.asarray, np.asarray, jax.block_until_ready, jax.default_backend() == "gpu")
     if name == "cupy":
         import cupy
@@ -108,7 +110,7 @@ class Row:
     """The relative error of the gradient, against exact backprop in float64."""
     cosine: float | None = None
     first_ms: float | None = None
-    """The first call, with compilation."""
+    """The first call at this size, with what is compiled for it."""
     forward_ms: list[float] | None = None
     backward_ms: list[float] | None = None
     whole_ms: list[float] | None = None
@@ -135,11 +137,16 @@ def distance(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
 
 
 def first_calls(pairs: list[tuple[Row, Method]]) -> Iterator[tuple[Row, np.ndarray]]:
-    """Run each method once, with its compilation; yields each row with the result."""
+    """Run each method once, with what it compiles for this size; yields each row with the result."""
     for row, method in pairs:
-        forward, backward, found = method.run()
+        try:
+            forward, backward, found = method.run()
+        except Exception as error:
+            row.failed = f"{type(error).__name__}: {error}"
+            continue
         row.first_ms = 1e3 * (forward + backward)
-        yield row, method.result(found)
+        if not method.yardstick:
+            yield row, method.result(found)
         del found
 
 

@@ -93,10 +93,12 @@ def _saved_by_torch(method: Method) -> tuple[int, Any]:
     import torch
 
     sizes: dict[int, int] = {}
+    given = {x.untyped_storage().data_ptr() for x in gc.get_objects() if isinstance(x, torch.Tensor)}
 
     def pack(tensor: Any) -> Any:
-        if not isinstance(tensor, torch.nn.Parameter):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -113,6 +115,8 @@ def _peak(method: Method) -> int | None:
         before = torch.cuda.memory_allocated()
         method.run()
         return torch.cuda.max_memory_allocated() - before
+    if method.library.on_gpu:
+        return None
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that it counts again

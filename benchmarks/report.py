@@ -24,7 +24,12 @@ def write(path: Path) -> list[Path]:
     table, rows = document["table"], [row for row in document["rows"] if row["failed"] is None]
     markdown = path.with_suffix(".md")
     short = tables.in_short(rows) if table == "rnn" else ""
-    markdown.write_text(f"{_where(document)}\n\n{short}{''.join(tables.by_case(table, rows))}")
+    failed = "".join(
+        f"Failed: {tables.title(row['case'])}, {row['library']}, {row['method']}: {row['failed']}\n\n"
+        for row in document["rows"]
+        if row["failed"] is not None
+    )
+    markdown.write_text(f"{_where(document)}\n\n{short}{''.join(tables.by_case(table, rows))}{failed}")
     made = [path, markdown]
     for suffix, draw in PICTURES[table] if rows else ():
         figure = draw(rows)
@@ -40,7 +45,6 @@ def write(path: Path) -> list[Path]:
 def _where(document: dict[str, Any]) -> str:
     there = document["environment"]
     devices = ", ".join(f"{name} {there['versions'].get(name, '')} on {at}" for name, at in there["devices"].items())
-    return (
-        f"{there['processor']}, {there['cores']} cores; {devices}; commit {there['commit']}, {there['date'][:10]}, "
-        f"medians of {document['rounds']} interleaved rounds"
-    )
+    rounds = "" if document["table"] == "memory" else f", medians of {document['rounds']} interleaved rounds"
+    when = f"commit {there['commit']}, {there['date'][:10]}"
+    return f"{there['processor']}, {there['cores']} cores; {devices}; {when}{rounds}"

@@ -38,8 +38,9 @@ CASES = {
     ],
     "full": [*grid(BOTH, (256, 1024, 4096), (1, 8, 32), (64, 256)), PAPER],
 }
-GPU_CASES = [*grid(BOTH, (256, 1024, 4096, 16384), (1, 8, 32, 128), (128, 512), 1e12), PAPER]
-CHECK = {"T": 24, "B": 3, "H": 5}
+GPU_CASES = [*grid(BOTH, (256, 1024, 4096, 16384), (1, 8, 32, 128), (128, 512), 1.4e11), PAPER]
+CHECK = {"T": 240, "B": 2, "H": 5, "weights": 10.0}
+"""Weights so large that no two iterates are alike."""
 
 
 def problem(case: dict[str, Any]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
@@ -52,12 +53,12 @@ def problem(case: dict[str, Any]) -> tuple[list[np.ndarray], np.ndarray, np.ndar
     return params, x, dy
 
 
-def reference(case: dict[str, Any], method: Method | None = None) -> np.ndarray:
-    """The gradient in float64 by the plain NumPy definitions: exact, or a method's own iterate."""
+def reference(case: dict[str, Any], method: Method | None = None, lib: Library | None = None) -> np.ndarray:
+    """The gradient in float64, exact or a method's own iterate: by NumPy's plain definitions, or on a GPU."""
     params, x, dy = problem(case)
-    plain = NumpyLike("numpy", np)
-    wide = [a.astype(np.float64) for a in (*params, x, dy)]
-    state = np.zeros(x.shape[1:])
+    plain = NumpyLike("numpy", np) if lib is None else None
+    wide = [a.astype(np.float64) if lib is None else lib.array(a.astype(np.float64)) for a in (*params, x, dy)]
+    state = 0 * wide[4][0]
     how: dict[str, Any] = {} if method is None else {"iterations": method.k, "chunk": method.chunk or 1}
     if method is not None and "fixed point" in method.name:
         how["residual"] = hbp.Zero()
@@ -67,13 +68,13 @@ def reference(case: dict[str, Any], method: Method | None = None) -> np.ndarray:
     else:
         _, pull = hbp.cells.lstm(hbp.cells.LSTMParameters(*wide[:4]), wide[4], (state, state), backend=plain)
         found = pull((wide[5], None), **how)[0]
-    return np.concatenate([d.ravel() for d in found])
+    return np.concatenate([(d if lib is None else lib.numpy(d)).ravel() for d in found])
 
 
 def product_flops(case: dict[str, Any], method: Method) -> int:
     """Of the products that a backward pass must compute: both weights' gradients, and one for each round of blocks."""
     gates = 3 if case["cell"] == "gru" else 4
-    rounds = 1 if method.k is None else method.k
+    rounds = 1 if method.k is None else method.k + 2 * ((method.chunk or 1) > 1)  # stages are filled before and after
     return 2 * case["T"] * case["B"] * gates * case["H"] ** 2 * (2 + rounds)
 
 

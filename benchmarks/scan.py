@@ -29,7 +29,7 @@ def problem(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return gates, rng.standard_normal((case["T"] + 1, *shape), dtype=np.float32)
 
 
-def reference(case: dict[str, Any], method: Method | None = None) -> np.ndarray:
+def reference(case: dict[str, Any], method: Method | None = None, lib: Library | None = None) -> np.ndarray:
     """The scan in float64, step by step."""
     gates, c = problem(case)
     g = c.astype(np.float64)
@@ -81,7 +81,10 @@ def _numpy_others(gates: np.ndarray, c: np.ndarray) -> Iterator[Other]:
 
 
 def _torch_others(gates: Any, c: Any) -> Iterator[Other]:
-    """Loops, and packages whose scans run forward in time: time is reversed for them, and laid out, untimed."""
+    """Loops, and packages whose scans run forward in time from a zero state, best over a power of two of steps.
+
+    For these time is reversed, the last state folded into the step before it, and all laid out, untimed.
+    """
     import torch
 
     def loop() -> Any:
@@ -92,21 +95,26 @@ def _torch_others(gates: Any, c: Any) -> Iterator[Other]:
         return torch.stack(g[::-1])
 
     yield "loop over steps", loop, lambda g: g
-    a, x = torch.cat([gates, torch.zeros_like(gates[:1])]).flip(0), c.flip(0)
+    a, x = gates.flip(0), c[:-1].flip(0).clone()
+    x[0] += gates[-1] * c[-1]
+
+    def finish(h: Any) -> Any:
+        return torch.cat([h.flip(0), c[-1:]])
+
     if find_spec("mambapy"):
         scan = import_module("mambapy.pscan").pscan
         own = [v.transpose(0, 1)[..., None].contiguous() for v in (a, x)]  # (B, T, D, 1)
-        yield "mambapy pscan", lambda: scan(*own), lambda h: h[..., 0].transpose(0, 1).flip(0)
+        yield "mambapy pscan (its layout)", lambda: scan(*own), lambda h: finish(h[..., 0].transpose(0, 1))
     if find_spec("accelerated_scan"):
         kind = "warp" if c.device.type == "cuda" else "ref"
         accelerated = import_module(f"accelerated_scan.{kind}").scan
-        extra = (1 << (len(c) - 1).bit_length()) - len(c)  # it takes powers of two
+        extra = (1 << (len(a) - 1).bit_length()) - len(a)
         rows = [torch.nn.functional.pad(v.permute(1, 2, 0), (0, extra)).contiguous() for v in (a, x)]
-        length = len(c)
+        length = len(a)
         yield (
-            f"accelerated-scan {kind}",
+            f"accelerated-scan {kind} (its layout)",
             lambda: accelerated(*rows),
-            lambda h: h[..., :length].permute(2, 0, 1).flip(0),
+            lambda h: finish(h[..., :length].permute(2, 0, 1)),
         )
 
 

@@ -95,7 +95,7 @@ def _megabytes(name: str) -> Any:
 
 
 _ERROR = {"error": _number("error", ".1e"), "cosine": _number("cosine", ".4f")}
-_FIRST = {"first call, ms": _number("first_ms", ".0f")}
+_FIRST = {"first call here, ms": _number("first_ms", ".0f")}
 _SCAN = {"ms": _ms("whole_ms"), "of copy bandwidth": _number("copy_fraction", ".0%"), **_ERROR, **_FIRST}
 _TIMES = {
     "forward, ms": _ms("forward_ms"),

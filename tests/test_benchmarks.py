@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_a_wrong_method_is_not_timed(tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "scan.json").read_text())["rows"]
     assert {row["whole_ms"] is None for row in rows if row["ours"]} == {True}
     assert {row["whole_ms"] is None for row in rows if not row["ours"]} == {False}
-    assert "hbp" not in (tmp_path / "scan.md").read_text().split("\n\n", 1)[1]
+    assert "**hbp**" not in (tmp_path / "scan.md").read_text()
 
 
 def test_the_reference_is_the_derivative():
@@ -75,6 +76,35 @@ def test_the_reference_is_the_derivative():
         assert gradient.size == sum(a.size for a in parameters(module, case))
         slope = (loss(module, case, 1e-6 * gradient) - loss(module, case, -1e-6 * gradient)) / 2e-6
         assert slope == pytest.approx(gradient @ gradient, rel=1e-6)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm", None])
+def test_no_two_iterates_pass_for_one_another(cell):
+    """At the size of the tests before timing, so that a method which does not heed its k fails them."""
+    module = rnn if cell else stack
+    case = {"cell": cell, **module.CHECK}
+    method = measure.Method("Highway-BP", measure.library("numpy"), lambda: 0, None)
+    found = [module.reference(case, replace(method, k=k)) for k in rnn.ITERATIONS] + [module.reference(case)]
+    for one, other in pairwise(found):
+        assert measure.distance(one, other)[0] > 3 * command.TOLERANCE
+
+
+def test_what_fails_is_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    def broken(case, lib, real=scan.methods):
+        def fail():
+            raise MemoryError("out of memory")
+
+        for method in real(case, lib):  # at full size only
+            yield replace(method, forward=fail) if method.ours and case != {**case, **scan.CHECK} else method
+
+    monkeypatch.setattr(scan, "methods", broken)
+    assert command.main(["scan", "stack", "--backends", "numpy", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "MemoryError: out of memory" in said
+    assert "stack has no methods for numpy" in said
+    text = (tmp_path / "scan.md").read_text()
+    assert "Failed: T = 9, B = 2, D = 3, numpy, hbp: MemoryError" in text
+    assert "loop over steps" in text
 
 
 def parameters(module, case):
