@@ -93,7 +93,7 @@ def _saved_by_torch(method: Method) -> tuple[int, Any]:
     import torch
 
     sizes: dict[int, int] = {}
-    given = {x.untyped_storage().data_ptr() for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+    given = {x.untyped_storage().data_ptr() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
 
     def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()

@@ -12,6 +12,7 @@ import numpy as np
 import hbp
 from benchmarks.measure import Library, Method
 from hbp.backends._array import ArrayBackend
+from hbp.core.registry import load
 from hbp.core.scan import hillis_steele
 
 CASES = {
@@ -61,7 +62,7 @@ def methods(case: dict[str, Any], lib: Library) -> Iterator[Method]:
     yield Method("hbp", lib, lambda: ours(operator, c), None, ours=True)
     yield Method("Hillis-Steele (the paper's)", lib, lambda: hillis(operator, c), None)
     for name, run, finish in _OTHERS.get(lib.name, lambda *_: ())(gates, c):
-        yield Method(name, lib, run, None, finish=finish, yardstick="no scan" in name)
+        yield Method(name, lib, run, None, ours="hbp" in name, finish=finish, yardstick="no scan" in name)
 
 
 Other = tuple[str, Callable[[], Any], Callable[[Any], Any]]
@@ -76,6 +77,10 @@ def _numpy_others(gates: np.ndarray, c: np.ndarray) -> Iterator[Other]:
         return g
 
     yield "loop over steps, in place", loop, lambda g: g
+    operator, third = hbp.Diagonal(gates), np.empty_like(c)
+    kernel = load("numpy").backend.kernel("suffix_scan", c, gates)
+    if kernel is not None:
+        yield "hbp's kernel into a third array", lambda: kernel(operator, c, out=third), lambda g: g
     a, b, out = gates, gates.copy(), np.empty_like(gates)
     yield "a * b into a third array (no scan)", lambda: np.multiply(a, b, out=out), lambda _: None
 

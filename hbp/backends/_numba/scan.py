@@ -18,13 +18,17 @@ LARGE = 1 << 21
 """Numbers in a fresh array from which on the threads see to its pages before they write it side by side."""
 
 
-def suffix_scan(operator: LinearOperator, c: Any, threads: Threads | None = None) -> np.ndarray:
+def suffix_scan(
+    operator: LinearOperator, c: Any, threads: Threads | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
     """Solve ``g[i] = a[i] g[i+1] + c[i]``, ``g[L] = c[L]``: `hbp.core.scan.sequential` for diagonal maps.
 
     Args:
         operator: a `Diagonal`, `Scalar` or `Identity`, bound to the states.
         c: (L+1, ...), float32 or float64, in any layout; a NumPy array, or a PyTorch tensor on a CPU.
         threads: its threads; `own_threads` if None.
+        out: a contiguous array for the result, like ``c`` and apart from it: large ones are written in two thirds of
+            the time that fresh memory takes.
 
     >>> from hbp.core.operator import Scalar
     >>> suffix_scan(Scalar(2.0), np.ones((3, 1))).ravel().tolist()
@@ -32,13 +36,15 @@ def suffix_scan(operator: LinearOperator, c: Any, threads: Threads | None = None
     """
     c = as_numpy(c)
     if not c[1:].size:
-        return np.array(c)
-    g = np.empty(c.shape, c.dtype)
+        out = np.empty(c.shape, c.dtype) if out is None else out
+        out[...] = c
+        return out
+    g = np.empty(c.shape, c.dtype) if out is None else out
     if operator.arrays:
         values = as_numpy(operator.arrays[0])
     else:
         values = np.asarray(operator.value if isinstance(operator, Scalar) else 1, c.dtype)
-    if g.size >= LARGE:
+    if out is None and g.size >= LARGE:
         (threads or own_threads()).run(partial(_touch(g.dtype), g.reshape(-1)), g.size, g.size)
     arrays = _planes(_spread_out(values, c)), _planes(c), _planes(g)
     _over_channels(partial(_scan(g.dtype), *arrays), arrays[-1], threads)
