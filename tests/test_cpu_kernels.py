@@ -352,6 +352,6 @@ def test_kernels_run_in_several_threads_at_once(cell, threads, rng):
 def test_the_result_may_be_written_into_an_array_given():
     values, c = np.full((5, 2, 3), 0.5), np.arange(36.0).reshape(6, 2, 3)
     third = np.full_like(c, np.nan)
-    assert kernels.suffix_scan(Diagonal(values), c, out=third) is third
-    np.testing.assert_array_equal(third, kernels.suffix_scan(Diagonal(values), c))
-    assert kernels.suffix_scan(Diagonal(values[:0]), c[:1], out=third[:1]).tolist() == c[:1].tolist()
+    assert scan.suffix_scan(Diagonal(values), c, out=third) is third
+    np.testing.assert_array_equal(third, scan.suffix_scan(Diagonal(values), c))
+    assert scan.suffix_scan(Diagonal(values[:0]), c[:1], out=third[:1]).tolist() == c[:1].tolist()
