@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,11 @@ def _run(
     rows = []
     for case in cases:
         task = progress.add_task(" ".join(f"{name}={value}" for name, value in case.items()), total=None)
-        measure = _remember if table == "memory" else _time
-        rows += measure(table, case, libraries, limits, preset, lambda task=task: progress.advance(task))
+        advance = partial(progress.advance, task)
+        if table == "memory":
+            rows += _remember(case, libraries, advance)
+        else:
+            rows += _time(table, case, libraries, limits, ROUNDS[preset], advance)
         progress.remove_task(task)
         progress.advance(over_cases)
     return rows
@@ -100,7 +104,7 @@ def _time(
     case: dict[str, Any],
     libraries: list[Library],
     limits: dict[str, dict[str, float]],
-    preset: str,
+    rounds: int,
     advance: Callable[[], None],
 ) -> list[Row]:
     """A case's rows: test, error of the gradient, times, fractions of the machine's limits."""
@@ -118,7 +122,7 @@ def _time(
             row.failed = f"relative error {row.error:.1e} at full size"
         advance()
     alive = [(row, method) for row, method in alive if row.failed is None]
-    time_all(alive, ROUNDS[preset], advance)
+    time_all(alive, rounds, advance)
     for row, method in alive:
         same = [lib.name for lib in libraries if lib.on_gpu == method.library.on_gpu]
         limit = {name: max(limits[other][name] for other in same) for name in limits[row.library]}
@@ -159,18 +163,12 @@ def _share(amount: int, times: list[float] | None, rate: float) -> float | None:
     return None if times is None else amount / rate / (times[0] / 1e3)
 
 
-def _remember(
-    table: str,
-    case: dict[str, Any],
-    libraries: list[Library],
-    limits: dict[str, dict[str, float]],
-    preset: str,
-    advance: Callable[[], None],
-) -> list[Row]:
+def _remember(case: dict[str, Any], libraries: list[Library], advance: Callable[[], None]) -> list[Row]:
+    """A case's rows of memory."""
     rows = []
     for lib in libraries:
         for index, method in enumerate(memory.methods(case, lib)):
-            row = Row.of(table, case, method)
+            row = Row.of("memory", case, method)
             try:
                 row.saved_bytes, row.peak_bytes = memory.measured(case, lib.name, index)
             except RuntimeError as error:

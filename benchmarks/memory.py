@@ -58,16 +58,15 @@ def _probe(case: dict[str, Any], name: str, index: int, out: Connection) -> None
         small = {**case, **_table(case).CHECK}
         list(methods(small, lib))[index].run()  # libraries' own buffers come first
         method = list(methods(case, lib))[index]
-        saved, state = _saved(method)  # compiles, too
-        del state
-        method.run()
+        saved = _saved(method)
+        method.run()  # compiles what is left
         out.send((saved, _peak(method)))
     except Exception as error:
         out.send(f"{type(error).__name__}: {error}")
 
 
-def _saved(method: Method) -> tuple[int | None, Any]:
-    """The bytes that live between the passes beside the parameters and the inputs, and the state that holds them."""
+def _saved(method: Method) -> int | None:
+    """The bytes that live between the passes beside the parameters and the inputs; None where nothing tells."""
     if method.library.name == "torch":
         return _saved_by_torch(method)
     if method.library.name == "jax":
@@ -77,7 +76,7 @@ def _saved(method: Method) -> tuple[int | None, Any]:
         state = method.forward()
         given = {x.unsafe_buffer_pointer() for x in live}
         leaves = {x.unsafe_buffer_pointer(): x.nbytes for x in jax.tree.leaves(state[1])}
-        return sum(size for at, size in leaves.items() if at not in given), state
+        return sum(size for at, size in leaves.items() if at not in given)
     if method.library.name == "numpy":
         import tracemalloc
 
@@ -85,11 +84,12 @@ def _saved(method: Method) -> tuple[int | None, Any]:
         state = method.forward()
         saved = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
-        return saved, state
-    return None, method.forward()
+        del state  # it lived until here
+        return saved
+    return None
 
 
-def _saved_by_torch(method: Method) -> tuple[int, Any]:
+def _saved_by_torch(method: Method) -> int:
     import torch
 
     sizes: dict[int, int] = {}
@@ -102,8 +102,8 @@ def _saved_by_torch(method: Method) -> tuple[int, Any]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        state = method.forward()
-    return sum(sizes.values()), state
+        method.forward()
+    return sum(sizes.values())
 
 
 def _peak(method: Method) -> int | None:

@@ -40,7 +40,7 @@ CASES = {
 }
 GPU_CASES = [*grid(BOTH, (256, 1024, 4096, 16384), (1, 8, 32, 128), (128, 512), 1.4e11), PAPER]
 CHECK = {"T": 240, "B": 2, "H": 5, "weights": 10.0}
-"""Weights so large that no two iterates are alike."""
+"""Weights so large that no two iterates without chunks are alike."""
 
 
 def problem(case: dict[str, Any]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:

@@ -27,19 +27,17 @@ def suffix_scan(
         operator: a `Diagonal`, `Scalar` or `Identity`, bound to the states.
         c: (L+1, ...), float32 or float64, in any layout; a NumPy array, or a PyTorch tensor on a CPU.
         threads: its threads; `own_threads` if None.
-        out: a contiguous array for the result, like ``c`` and apart from it: large ones are written in two thirds of
-            the time that fresh memory takes.
+        out: a contiguous array for the result, like ``c`` and apart from it; the system clears fresh memory first.
 
     >>> from hbp.core.operator import Scalar
     >>> suffix_scan(Scalar(2.0), np.ones((3, 1))).ravel().tolist()
     [7.0, 3.0, 1.0]
     """
     c = as_numpy(c)
-    if not c[1:].size:
-        out = np.empty(c.shape, c.dtype) if out is None else out
-        out[...] = c
-        return out
     g = np.empty(c.shape, c.dtype) if out is None else out
+    if not c[1:].size:
+        g[...] = c
+        return g
     if operator.arrays:
         values = as_numpy(operator.arrays[0])
     else:
