@@ -16,6 +16,7 @@ from hbp.core.increments import DivergenceWarning, Iterate, Report
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.core.registry import available, backend_of, use, using
 from hbp.core.schedule import Schedule
+from hbp.core.solver import Solver
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -36,6 +37,7 @@ __all__ = [
     "Report",
     "Scalar",
     "Schedule",
+    "Solver",
     "Zero",
     "available",
     "backend_of",

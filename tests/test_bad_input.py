@@ -301,7 +301,7 @@ def test_counts_may_be_integers_of_numpy():
     np.testing.assert_array_equal(hbp.highway(CHAIN, X, np.int64(2), chunk=np.int32(3)), expected)
 
 
-@pytest.mark.parametrize("value", [-1e-9, float("nan"), "small", True, 1j, [0.1]], ids=repr)
+@pytest.mark.parametrize("value", [-1e-9, 2.0, float("inf"), float("nan"), "small", True, 1j, [0.1]], ids=repr)
 def test_a_tolerance_is_a_fraction(value):
     refused(
         [lambda: hbp.highway(CHAIN, X, tolerance=value)],

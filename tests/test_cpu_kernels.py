@@ -18,9 +18,9 @@ from conftest import Library
 
 import hbp
 from hbp import Diagonal, Identity, LinearOperator, Scalar, cli
-from hbp.backends import _blocks, _kernels
+from hbp.backends import _kernels
 from hbp.backends.numpy import backend
-from hbp.cells import GRUParameters, LSTMParameters, gru, lstm
+from hbp.cells import GRUParameters, LSTMParameters, _blocks, gru, lstm
 from hbp.core.registry import resolve
 
 pytest.importorskip("numba", reason="the kernels are compiled by Numba")

@@ -114,7 +114,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def on_host(monkeypatch: pytest.MonkeyPatch, compiled: ctypes.CDLL, processors: int) -> tuple[Any, Host]:
     """The kernels' module over a stand-in device with so many processors."""
     host = Host(compiled, processors)
-    spec = importlib.util.spec_from_file_location("kernels_on_host", SOURCE.with_name("__init__.py"))
+    spec = importlib.util.spec_from_file_location("kernels_on_host", SOURCE.with_name("scan.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -52,7 +52,7 @@ def test_language_model_gru(monkeypatch):
 def test_docstrings(library):
     pytest.importorskip(library)
     package = importlib.import_module(f"hbp.backends.{library}")
-    names = [f"hbp.backends.{library}.{found.name}" for found in pkgutil.walk_packages(package.__path__)]
+    names = [found.name for found in pkgutil.walk_packages(package.__path__, f"hbp.backends.{library}.")]
     results = [doctest.testmod(importlib.import_module(name)) for name in names]
     assert sum(result.attempted for result in results) >= 10
     assert not any(result.failed for result in results)

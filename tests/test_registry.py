@@ -234,7 +234,7 @@ def test_cupy_without_a_device_is_a_runtime_error(monkeypatch):
     assert (entry.version, entry.device) == ("13.9", None)
     assert "no CUDA device" in entry.reason
     assert chosen() == "numpy"
-    sys.modules.pop("hbp.backends.cupy.operations", None)
+    sys.modules.pop("hbp.backends.cupy.array", None)
 
 
 def test_what_is_available():

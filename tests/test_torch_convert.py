@@ -142,7 +142,7 @@ def test_iterates_are_those_of_a_stack_built_by_hand():
     hb.convert(model)
     for k, chunk, damping in ((0, 1, 0), (1, 1, 0), (2, 1, 0.2), (1, 2, 0), (1, 1, [0.1, 0.2, 0.3, 0.4, 0.5])):
         for net in (model, twin):
-            for options in hb.training.scheduled(net).values():
+            for options in hb.options.scheduled(net).values():
                 options.iterations, options.chunk, options.damping = k, chunk, damping
         found, expected = gradients(model), gradients(twin)
         close(dict(zip(expected, found.values(), strict=True)), expected)
@@ -176,7 +176,7 @@ def test_what_is_converted():
     names["tied"](torch.randn(2, D)).sum().backward()
     hb.revert(names["nested"])
     hb.convert(names["nested"], 2, stacks=["a", "b"])
-    assert len(hb.training.scheduled(names["nested"])) == 2
+    assert len(hb.options.scheduled(names["nested"])) == 2
 
 
 def test_conversion_says_what_it_did(caplog):
@@ -512,9 +512,9 @@ def test_a_schedule_follows_the_optimiser():
     model = hb.convert(Model(), hbp.Schedule({0: 1, 2: 4}))
     optimizer = torch.optim.SGD(model.parameters())
     hb.follow(optimizer, model)
-    (options,) = hb.training.scheduled(model).values()
+    (options,) = hb.options.scheduled(model).values()
     for expected in (1, 1, 4, 4):
-        assert options.current() == (expected, 1)
+        assert options.current().iterations == expected
         optimizer.step()
 
 

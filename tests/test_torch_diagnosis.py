@@ -25,7 +25,7 @@ def loss_of(model: Any, x: Any) -> Any:
 
 
 def gradient(model: Any, loss: Any, batch: Any, k: int | None, chunk: int = 1) -> list[Any]:
-    for part in hb.training.scheduled(model).values():
+    for part in hb.options.scheduled(model).values():
         part.iterations, part.chunk = k, chunk
     return torch.autograd.grad(loss(model, batch), list(model.parameters()))
 

@@ -22,8 +22,8 @@ with pytest.MonkeyPatch.context() as patch:
     if not GPU:
         patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined
     triton = pytest.importorskip("triton", reason="the kernels are written in Triton")
+    from hbp.backends.torch.array import TorchBackend
     from hbp.backends.torch.kernels import gru_rounds, lstm_rounds, rounds, scan, suffix_scan
-    from hbp.backends.torch.operations import TorchBackend
 
     tl = triton.language
     SUM = tl.sum if GPU else triton.jit(tl.sum.fn)  # torch may have imported Triton before, to compile

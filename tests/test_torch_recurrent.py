@@ -219,11 +219,11 @@ def test_schedules_advance_by_steps():
     model = torch.nn.Sequential(hb.GRU(I, H, iterations=hbp.Schedule({0: 1, 2: None})))
     seen = []
     for _ in range(3):
-        seen.append(model[0].options().iterations)
+        seen.append(model[0].options().solver.iterations)
         hb.step(model)
     assert seen == [1, 1, None]
     hb.set_iterations(model, 4)
-    assert model[0].options().iterations == 4
+    assert model[0].options().solver.iterations == 4
     with pytest.raises(ValueError, match="without any of hbp's layers"):
         hb.set_iterations(torch.nn.Linear(1, 1), 3)
 
@@ -271,7 +271,7 @@ def test_bad_input(kind):
 
 @pytest.mark.parametrize("k", [None, 0, 1, 3, 40])
 def test_the_gru_in_blocks_of_time(k, monkeypatch):
-    monkeypatch.setattr(hbp.backends._blocks, "BLOCK", 1)  # blocks of 8 steps, the last shorter
+    monkeypatch.setattr(hbp.cells._blocks, "BLOCK", 1)  # blocks of 8 steps, the last shorter
     torch.manual_seed(0)
     layer = hb.GRU(I, H, iterations=k, exact="adjoint").double()
     x, h0 = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((27, B, I), (1, B, H)))

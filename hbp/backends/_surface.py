@@ -12,6 +12,7 @@ from hbp.core.chain import LinearizedChain
 from hbp.core.increments import Iterate, Report
 from hbp.core.operator import Dense, Diagonal, Identity, Pair, Scalar, Zero
 from hbp.core.schedule import Schedule
+from hbp.core.solver import Solver
 
 __all__ = [
     "Dense",
@@ -23,6 +24,7 @@ __all__ = [
     "Report",
     "Scalar",
     "Schedule",
+    "Solver",
     "Zero",
     "bound",
 ]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 from hbp.core.adjoint import highway
-from hbp.core.backend import Array, Backend, check_count, check_floating, check_shape
+from hbp.core.backend import Array, Backend, check_floating, check_shape
 from hbp.core.chain import LinearizedChain
 from hbp.core.operator import LinearOperator
 from hbp.core.registry import resolve
+from hbp.core.solver import Solver
 
-Adjoint: TypeAlias = Callable[..., tuple[Any, Any, Any]]
-"""``(pullback, cotangents) -> (dparams, dx, dinitial)``, exact."""
+Whole: TypeAlias = Callable[..., tuple[Any, Any, Any]]
+"""``(pullback, cotangents, with_inputs) -> (dparams, dx, dinitial)``."""
+Rounds: TypeAlias = Callable[[LinearizedChain, Array, int], Array]
+"""``(chain, c, iterations)`` -> all of g."""
 
 
 def sigmoid(x: Array, backend: Backend) -> Array:
@@ -56,32 +60,39 @@ def merged(x: Array) -> Array:
     return x.reshape((*x.shape[:-2], x.shape[-2] * x.shape[-1]))
 
 
+def own_code(
+    cell: str, solver: Solver, residual: LinearOperator | None, backend: Backend, arrays: Sequence[Array | None]
+) -> tuple[Whole | None, Rounds | None]:
+    """Which code of the backend's own computes a cell's backward pass; where it has none, the core does.
+
+    The whole pass: "adjoint" if exact backprop is asked for, or "in_place", that or rounds on single steps. The rounds
+    alone: "rounds", on single steps. This is the only place that decides.
+    """
+    if residual is not None:
+        return None, None
+    given = [array for array in arrays if array is not None]
+    whole = backend.kernel(f"{cell}_adjoint", *given) if solver.exact else None
+    if whole is None and (solver.exact or solver.plain):
+        in_place = backend.kernel(f"{cell}_in_place", *given)
+        whole = in_place and partial(in_place, iterations=solver.iterations)
+    rounds = backend.kernel(f"{cell}_rounds", *given) if whole is None and solver.plain else None
+    return whole, rounds
+
+
 def state_cotangents(
-    cell: str, chain: LinearizedChain, d: Array, residual: LinearOperator | None, backend: Backend, how: dict[str, Any]
+    chain: LinearizedChain,
+    d: Array,
+    solver: Solver,
+    residual: LinearOperator | None,
+    rounds: Rounds | None,
+    backend: Backend,
 ) -> Array:
     """The cotangents of the initial state and of all T others, (T+1, ...), from those given from outside, (T, ...)."""
     sources = backend.concat([backend.zeros_like(d[:1]), d[:-1]])
-    if residual is not None:
-        chain = chain.resplit(residual)
-    elif how["iterations"] is not None and _is_plain(how):
-        rounds = backend.kernel(f"{cell}_rounds", d, *chain.residual.arrays)
-        if rounds is not None:
-            return rounds(chain, backend.concat([sources, d[-1:]]), check_count("iterations", how["iterations"], 0))
-    return highway(chain, d[-1], sources=sources, backend=backend, **how)
-
-
-def compiled_adjoint(
-    cell: str, params: Any, arrays: tuple[Array | None, ...], backend: Backend, how: dict[str, Any]
-) -> Adjoint | None:
-    """The backend's own exact adjoint of a cell, where plain exact backpropagation is asked for and it has one."""
-    if how["iterations"] is not None or how.get("residual") is not None or not _is_plain(how):
-        return None
-    return backend.kernel(f"{cell}_adjoint", *(array for array in (*arrays, *params) if array is not None))
-
-
-def _is_plain(how: dict[str, Any]) -> bool:
-    """Whether nothing is asked for that only the core's own solver does."""
-    return how["chunk"] == 1 and how.get("tolerance") is None and how.get("watch") is None
+    if rounds is not None:
+        return rounds(chain, backend.concat([sources, d[-1:]]), solver.iterations)  # type: ignore[arg-type]
+    chain = chain if residual is None else chain.resplit(residual)
+    return highway(chain, d[-1], sources=sources, solver=solver, backend=backend)
 
 
 def check_cell(gates: int, params: Any, x: Array, states: dict[str, Array], backend: Backend | str | None) -> Backend:

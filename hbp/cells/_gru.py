@@ -8,13 +8,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from hbp.cells._common import (
-    Adjoint,
     check_cell,
     check_cotangent,
-    compiled_adjoint,
     first,
     matmul,
     merged,
+    own_code,
     previous,
     project,
     sigmoid,
@@ -25,6 +24,7 @@ from hbp.core.backend import Array, Backend
 from hbp.core.chain import LinearizedChain
 from hbp.core.increments import Report
 from hbp.core.operator import Diagonal, LinearOperator
+from hbp.core.solver import Solver
 
 
 class GRUParameters(NamedTuple):
@@ -146,32 +146,30 @@ class GRUPullback:
         residual: LinearOperator | None = None,
         tolerance: float | None = None,
         watch: Callable[[Report], None] | None = None,
-    ) -> tuple[GRUParameters, Array, Array]:
+        *,
+        solver: Solver | None = None,
+        with_inputs: bool = True,
+    ) -> tuple[GRUParameters, Array | None, Array]:
         """Pull cotangents of the states, (T, B, H), back to the parameters, the inputs and the initial state.
 
         Args:
             dh: the loss's cotangents of ``h``; zeros but for the last step where only that one counts.
-            iterations, chunk, tolerance, watch: as in `hbp.highway`; None is exact backpropagation through time.
+            iterations, chunk, tolerance, watch, solver: as in `hbp.highway`; None is exact BPTT.
             residual: another residual path than diag(z): ``hbp.Zero()`` is the fixed-point baseline.
+            with_inputs: whether dx is wanted; else it is None.
 
         Returns:
             ``dparams`` (a `GRUParameters`), ``dx`` (T, B, I), ``dh0`` (B, H).
         """
         check_cotangent("dh", dh, self.h, self.backend)
-        options = {"iterations": iterations, "chunk": chunk, "tolerance": tolerance, "watch": watch}
-        adjoint = self.compiled(dh, residual=residual, **options)
-        if adjoint is not None:
-            return adjoint(self, dh)
-        return self.from_states(state_cotangents("gru", self.chain, dh, residual, self.backend, options))
-
-    def compiled(self, dh: Array, **options: Any) -> Adjoint | None:
-        """The backend's own ``(pullback, dh) -> ...`` for such options, or None."""
-        return compiled_adjoint("gru", self.params, (self.x, self.h0, self.h, dh), self.backend, options)
-
-    def from_states(self, g: Array) -> tuple[GRUParameters, Array, Array]:
-        """The last step of the pullback, from the cotangents of h0 and all states, (T+1, B, H)."""
+        solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch)
+        arrays = (self.x, self.h0, self.h, dh, *self.params)
+        whole, rounds = own_code("gru", solver, residual, self.backend, arrays)
+        if whole is not None:
+            return whole(self, dh, with_inputs)
+        g = state_cotangents(self.chain, dh, solver, residual, rounds, self.backend)
         inputs, recurrent = self.preactivations(g)
-        dx = matmul(inputs, self.params.weight_ih)
+        dx = matmul(inputs, self.params.weight_ih) if with_inputs else None
         return self.parameters(inputs, recurrent), dx, first(g, self.backend)
 
     def preactivations(self, g: Array) -> tuple[Array, Array]:

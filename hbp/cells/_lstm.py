@@ -8,13 +8,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from hbp.cells._common import (
-    Adjoint,
     check_cell,
     check_cotangent,
-    compiled_adjoint,
     first,
     matmul,
     merged,
+    own_code,
     previous,
     project,
     sigmoid,
@@ -25,6 +24,7 @@ from hbp.core.backend import Array, Backend
 from hbp.core.chain import LinearizedChain
 from hbp.core.increments import Report
 from hbp.core.operator import Diagonal, LinearOperator, Pair
+from hbp.core.solver import Solver
 
 
 class LSTMParameters(NamedTuple):
@@ -170,14 +170,18 @@ class LSTMPullback:
         residual: LinearOperator | None = None,
         tolerance: float | None = None,
         watch: Callable[[Report], None] | None = None,
-    ) -> tuple[LSTMParameters, Array, tuple[Array, Array]]:
+        *,
+        solver: Solver | None = None,
+        with_inputs: bool = True,
+    ) -> tuple[LSTMParameters, Array | None, tuple[Array, Array]]:
         """Pull cotangents of the states back to the parameters, the inputs and the initial states.
 
         Args:
             dstates: ``(dh, dc)``, (T, B, H) each; dc may be None.
-            iterations, chunk, tolerance, watch: as in `hbp.highway`; None is exact backpropagation through time.
+            iterations, chunk, tolerance, watch, solver: as in `hbp.highway`; None is exact BPTT.
             residual: another residual path than c[t-1] -> c[t] -> h[t], on states (c, h) of shape (B, 2, H):
                 ``hbp.Zero()`` is the fixed-point baseline.
+            with_inputs: whether dx is wanted; else it is None.
 
         Returns:
             ``dparams`` (an `LSTMParameters`), ``dx`` (T, B, I), ``(dh0, dc0)`` (B, H) each.
@@ -188,20 +192,17 @@ class LSTMPullback:
         check_cotangent("dh", dh, self.states[0], self.backend)
         if dc is not None:
             check_cotangent("dc", dc, self.states[0], self.backend)
-        options = {"iterations": iterations, "chunk": chunk, "tolerance": tolerance, "watch": watch}
-        adjoint = self.compiled(dstates, residual=residual, **options)
-        if adjoint is not None:
-            return adjoint(self, dstates)
+        solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch)
+        arrays = (self.x, *self.initial, *self.states, dh, dc, *self.params)
+        whole, rounds = own_code("lstm", solver, residual, self.backend, arrays)
+        if whole is not None:
+            return whole(self, dstates, with_inputs)
         d = self.backend.stack([self.backend.zeros_like(dh) if dc is None else dc, dh], axis=-2)
-        g = state_cotangents("lstm", self.chain, d, residual, self.backend, options)
+        g = state_cotangents(self.chain, d, solver, residual, rounds, self.backend)
         a = self.chain.pullbacks.preactivations(g[1:], self.backend)
         d0 = first(g, self.backend)
-        return self._parameters(a), matmul(a, self.params.weight_ih), (d0[:, 1], d0[:, 0])
-
-    def compiled(self, dstates: tuple[Array, Array | None], **options: Any) -> Adjoint | None:
-        """The backend's own ``(pullback, dstates) -> ...`` for such options, or None."""
-        arrays = (self.x, *self.initial, *self.states, *dstates)
-        return compiled_adjoint("lstm", self.params, arrays, self.backend, options)
+        dx = matmul(a, self.params.weight_ih) if with_inputs else None
+        return self._parameters(a), dx, (d0[:, 1], d0[:, 0])
 
     def _parameters(self, a: Array) -> LSTMParameters:
         """The parameters' gradients from the cotangents of the pre-activations, (T, B, 4H)."""

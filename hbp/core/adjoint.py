@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 
-from hbp.core.backend import Array, Backend, check_count, check_floating, check_shape, check_tolerance
+from hbp.core.backend import Array, Backend, check_count, check_floating, check_shape
 from hbp.core.chain import LinearizedChain, Stages
 from hbp.core.increments import DivergenceWarning, Iterate, Report
 from hbp.core.operator import LinearOperator
 from hbp.core.registry import resolve
 from hbp.core.scan import loop
+from hbp.core.solver import Solver
 
 
 def backprop(
@@ -51,6 +52,7 @@ def highway(
     chunk: int = 1,
     tolerance: float | None = None,
     watch: Callable[[Report], None] | None = None,
+    solver: Solver | None = None,
     backend: Backend | str | None = None,
 ) -> Array:
     """Highway backpropagation: the sum over all paths that cross at most ``iterations`` blocks.
@@ -58,11 +60,10 @@ def highway(
     Args:
         chain: L linearised layers.
         cotangent: the loss's cotangent of x[L].
-        iterations: k; None for exact backprop. With a tolerance it is the cap (None: as many as are exact).
+        iterations: k; None for exact backprop. With a tolerance it is the cap.
         sources: cotangents that enter at x[0..L-1], shape (L, ...).
-        chunk: layers per stage; blocks are then stages, inside which backprop is exact.
-        tolerance: stop when the last increment is below this fraction of the solution.
-        watch: called with the report on the increments, where there are any.
+        chunk, tolerance, watch: as in `Solver`.
+        solver: all of these four in one value, instead.
         backend: a backend or its name, where it shall not be chosen by `resolve`'s rules.
 
     Returns:
@@ -79,9 +80,10 @@ def highway(
     >>> [highway(chain, np.array([4.0]), iterations=k)[0].item() for k in (0, 1, 2)]
     [4.0, 8.0, 9.0]
     """
-    cap = None if iterations is None else check_count("iterations", iterations, 0)
-    tolerance = check_tolerance(tolerance)
-    problem = _posed(chain, cotangent, sources, chunk, backend)
+    solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch).fixed()
+    cap: int | None = solver.iterations  # type: ignore[assignment]
+    tolerance, watch = solver.tolerance, solver.watch
+    problem = _posed(chain, cotangent, sources, solver.chunk, backend)
     if tolerance is not None or (watch is not None and cap is not None):
         return problem.filled(problem.until(tolerance, cap, watch))
     if cap is None:

@@ -100,9 +100,9 @@ def check_count(name: str, value: Any, minimum: int) -> int:
 
 
 def check_tolerance(tolerance: Any) -> float | None:
-    """``tolerance`` as a float, or None, after checking that it is a non-negative number (ValueError)."""
+    """``tolerance`` as a float, or None, after checking that it is a number from 0 to 1 (ValueError)."""
     if tolerance is None:
         return None
-    if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not float(tolerance) >= 0:
-        raise ValueError(f"tolerance={tolerance!r}; give a non-negative number, a fraction of the solution")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 <= float(tolerance) <= 1:
+        raise ValueError(f"tolerance={tolerance!r}; give a non-negative number, at most 1: a fraction of the solution")
     return float(tolerance)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from hbp.backends._blocks import blocks_of, pull_in_blocks
 from hbp.backends._numba import loops
 from hbp.backends._numba.compile import Threads, as_numpy, own_threads
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
+from hbp.cells._blocks import blocks_of, pull_in_blocks
 from hbp.cells._common import matmul, previous, weight_gradient
 from hbp.core.backend import Array
 

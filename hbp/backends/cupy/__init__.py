@@ -6,7 +6,7 @@ import cupy
 
 from hbp.backends._surface import *
 from hbp.backends._surface import COMMON, bound, jit
-from hbp.backends.cupy.operations import CupyBackend
+from hbp.backends.cupy.array import CupyBackend
 
 backend = CupyBackend(cupy)
 linearize, linearize_layers, backprop, highway, iterates, report, propagate, vjp = bound(backend)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hbp.backends.jax.operations import JaxBackend
+from hbp.backends.jax.array import JaxBackend
 from hbp.core.backend import Array, Backend, dtype_name
 from hbp.core.chain import LayerChain, products
 from hbp.core.operator import LinearOperator

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hbp.backends.jax.array import JaxBackend
 from hbp.backends.jax.chains import Layer, Tree, in_turn, varying
-from hbp.backends.jax.operations import JaxBackend
 from hbp.core.adjoint import step
 from hbp.core.backend import Array
 from hbp.core.chain import LayerChain, products

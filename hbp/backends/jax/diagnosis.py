@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hbp.backends._diagnosis import Agreement, Diagnosis, Row, check_settings, diagnosed
 from hbp.backends.jax.chains import Tree
 from hbp.backends.jax.watching import watching
 from hbp.core.backend import Array
 from hbp.core.increments import Report
+from hbp.diagnosis import Agreement, Diagnosis, Row, check_settings, diagnosed
 
 REPEATS = 3
 

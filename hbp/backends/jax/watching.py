@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hbp.backends.jax.array import JaxBackend
 from hbp.backends.jax.chains import BACKEND, Solve
-from hbp.backends.jax.operations import JaxBackend
 from hbp.core.adjoint import highway
 from hbp.core.backend import Array
 from hbp.core.chain import LayerChain

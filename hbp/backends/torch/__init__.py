@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from hbp.backends._surface import *
 from hbp.backends._surface import COMMON, bound, jit
-from hbp.backends.torch.conversion import convert, revert
+from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.diagnosis import diagnose, estimate_damping
-from hbp.backends.torch.gated import scan
-from hbp.backends.torch.operations import TorchBackend
-from hbp.backends.torch.recurrent import GRU, LSTM
-from hbp.backends.torch.residual import Downsampled, PostNorm, Residual
-from hbp.backends.torch.sequential import Sequential
-from hbp.backends.torch.training import follow, set_iterations, step
+from hbp.backends.torch.options import follow, set_iterations, step
+from hbp.backends.torch.recurrent.gated import scan
+from hbp.backends.torch.recurrent.modules import GRU, LSTM
+from hbp.backends.torch.stack.conversion import convert, revert
+from hbp.backends.torch.stack.residual import Downsampled, PostNorm, Residual
+from hbp.backends.torch.stack.sequential import Sequential
 
 backend = TorchBackend()
 linearize, linearize_layers, backprop, highway, iterates, report, propagate, vjp = bound(backend)

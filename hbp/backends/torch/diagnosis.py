@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbp.backends._diagnosis import Agreement, Diagnosis, Row, check_settings, diagnosed
-from hbp.backends.torch.conversion import ConvertedForward
-from hbp.backends.torch.recurrent import GRU, LSTM
-from hbp.backends.torch.sequential import Sequential
-from hbp.backends.torch.stack import Stack
-from hbp.backends.torch.training import scheduled
+from hbp.backends.torch.options import scheduled
+from hbp.backends.torch.recurrent.modules import GRU, LSTM
+from hbp.backends.torch.stack.conversion import ConvertedForward
+from hbp.backends.torch.stack.run import Stack
+from hbp.backends.torch.stack.sequential import Sequential
 from hbp.core.backend import check_count
 from hbp.core.increments import Report
+from hbp.diagnosis import Agreement, Diagnosis, Row, check_settings, diagnosed
 
 REPEATS = 2
 
@@ -167,13 +167,12 @@ def _undisturbed(model: nn.Module, layers: Any) -> Iterator[None]:
     before = [(part, dict(vars(part))) for part in layers]
     try:
         for part in layers:
-            if isinstance(part, Stack):
-                part.tolerance = None
+            part.tolerance = None
         with _restored(model):
             yield
     finally:
         for part, options in before:
-            for name in ("iterations", "chunk", "reports", "tolerance", "calls", "path"):
+            for name in ("solver", "reports", "calls", "path"):
                 if name in options:
                     setattr(part, name, options[name])
                 else:

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.kernels.scan import check_device, column, compose, entering, first, launch
-from hbp.backends.torch.operations import TorchBackend
 from hbp.cells._gru import GRUBlocks
 from hbp.cells._lstm import LSTMBlocks
 from hbp.core.backend import check_count, check_shape

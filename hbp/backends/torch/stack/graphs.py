@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbp.backends.torch.inspection import SWAPPING
+from hbp.backends.torch.autograd import SWAPPING
 from hbp.core.backend import Backend
 from hbp.core.operator import LinearOperator
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbp.backends.torch.graphs import Call, Layer, LayerGraphs, StackedGraph, promising, pull_back, refusal, version
-from hbp.backends.torch.inspection import (
+from hbp.backends.torch.array import TorchBackend
+from hbp.backends.torch.autograd import (
     SWAPPING,
     Swap,
     autocast_of,
@@ -28,14 +28,24 @@ from hbp.backends.torch.inspection import (
     refuse_second_derivatives,
     tensors,
 )
-from hbp.backends.torch.operations import TorchBackend
-from hbp.backends.torch.training import Scheduled
+from hbp.backends.torch.options import Scheduled
+from hbp.backends.torch.stack.graphs import (
+    Call,
+    Layer,
+    LayerGraphs,
+    StackedGraph,
+    promising,
+    pull_back,
+    refusal,
+    version,
+)
 from hbp.core.adjoint import highway
-from hbp.core.backend import check_tolerance, dtype_name
+from hbp.core.backend import dtype_name
 from hbp.core.chain import LayerChain
 from hbp.core.joining import stack as stacked
 from hbp.core.operator import Identity, LinearOperator
 from hbp.core.pullbacks import check_same
+from hbp.core.solver import Solver
 
 BACKEND = TorchBackend()
 IDENTITY = Identity()
@@ -46,7 +56,6 @@ class Stack(Scheduled):
 
     residual: LinearOperator | None = None
     damping: float | Sequence[float] = 0
-    tolerance: float | None = None
     stacked: bool | None = None
     """Whether equal layers are pulled back all at once over stacked parameters; None: where that was faster."""
     path: str = ""
@@ -58,9 +67,7 @@ class Stack(Scheduled):
     previous: int = 0
     """The identity of the layer called last."""
 
-    def configure(
-        self, iterations: Any, chunk: int, residual: Any, damping: Any, tolerance: Any, stacked: bool | None
-    ) -> None:
+    def configure(self, solver: Solver, residual: Any = None, damping: Any = 0, stacked: bool | None = None) -> None:
         """Set the options, checked.
 
         Raises:
@@ -71,12 +78,9 @@ class Stack(Scheduled):
         numbers = damping if isinstance(damping, list | tuple) else (damping,)
         if not all(isinstance(gamma, Real) for gamma in numbers):
             raise TypeError(f"damping is {damping!r}; give a number, or one per layer")
-        self.iterations, self.chunk = iterations, chunk
-        self.residual, self.damping, self.tolerance = residual, damping, check_tolerance(tolerance)
         if stacked not in (None, True, False):
             raise ValueError(f"stacked={stacked!r}; give True, False, or None for the faster one")
-        self.stacked = stacked
-        self.current()
+        self.solver, self.residual, self.damping, self.stacked = solver, residual, damping, stacked
 
     def members(self) -> Iterable[nn.Module]:
         """The layers, in order."""
@@ -84,8 +88,7 @@ class Stack(Scheduled):
 
     def tracks(self, *given: Any) -> bool:
         """Whether a call on these arguments is pulled back here; otherwise torch's own graph is as good."""
-        k, _ = self.current()
-        if (k is None and self.tolerance is None) or not torch.is_grad_enabled():
+        if self.current().exact or not torch.is_grad_enabled():
             return False
         return any(t.requires_grad for t in tensors(given)) or bool(self.trainable())
 
@@ -189,7 +192,7 @@ class Run:
     """
 
     stack: Stack
-    options: dict[str, Any]
+    solver: Solver
     leaves: dict[int, Tensor]
     """Copies, by identity, of what the entry takes beside x: hooks on that see the final gradient, once."""
     originals: dict[int, Tensor]
@@ -203,15 +206,12 @@ class Run:
     @classmethod
     def begin(cls, stack: Stack, outside: list[Tensor]) -> Run:
         """A run whose first layer takes these tensors that need gradients."""
-        k, chunk = stack.current()
-        tolerance = check_tolerance(stack.tolerance)
-        options = {"iterations": k, "chunk": chunk, "tolerance": tolerance, "watch": stack.watch()}
         given = tuple({id(tensor): tensor for tensor in (*outside, *stack.trainable())}.values())
         leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in given}
         for leaf in leaves.values():
             leaf.register_post_accumulate_grad_hook(_refuse_inner_gradient)
         originals = {id(leaf): tensor for leaf, tensor in zip(leaves.values(), given, strict=True)}
-        return cls(stack, options, leaves, originals)
+        return cls(stack, stack.current(), leaves, originals)
 
     def knows(self, outside: list[Tensor]) -> bool:
         """Whether these tensors entered with the run; only then can they get gradients from it."""
@@ -286,7 +286,7 @@ class Run:
         residual = self.stack.residual_maps([call.layer for call in calls], first)
         graphs = self.stack.graphs(calls)
         chain = LayerChain(graphs, residual, (tuple(first.shape), dtype_name(first)))
-        g = highway(chain, last, sources=sources, backend=BACKEND, **self.options)
+        g = highway(chain, last, sources=sources, solver=self.solver, backend=BACKEND)
         found = graphs.gradients(g[1:], leaves) if leaves else []
         if others:
             found = [

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hbp.backends.torch.stack import Stack
+from hbp.backends.torch.stack.run import Stack
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
+from hbp.core.solver import Solver
 
-OPTIONS = ("iterations", "chunk", "residual", "damping", "tolerance", "stacked", "training_step")
+OPTIONS = ("solver", "residual", "damping", "stacked", "training_step")
 
 
 class Sequential(Stack, nn.Sequential):
@@ -32,6 +33,7 @@ class Sequential(Stack, nn.Sequential):
         stacked: whether equal layers are pulled back all at once, over stacked parameters, which runs them once more;
             None takes that where it was measured faster, for small layers, and ``path`` tells what was done.
         tolerance: stop when the last increment is below this fraction of the gradient; ``iterations`` is the cap.
+        solver: iterations, chunk and tolerance in one `hbp.Solver`, instead; all are attributes afterwards.
 
     Further arguments of a call go to every layer; tensors among them may need gradients. A layer may return a tuple,
     whose first entry is the next state; the rest is dropped. Slices keep the options.
@@ -49,10 +51,12 @@ class Sequential(Stack, nn.Sequential):
         residual: LinearOperator | None = None,
         damping: float | Sequence[float] = 0,
         tolerance: float | None = None,
+        solver: Solver | None = None,
         stacked: bool | None = None,
     ) -> None:
         super().__init__(*layers)
-        self.configure(iterations, chunk, residual, damping, tolerance, stacked)
+        how = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance)
+        self.configure(how, residual, damping, stacked)
 
     def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)

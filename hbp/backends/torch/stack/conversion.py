@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from hbp.backends.torch.stack import Stack
+from hbp.backends.torch.stack.run import Stack
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
+from hbp.core.solver import Solver
 
 Model = TypeVar("Model", bound=nn.Module)
 LOG = logging.getLogger("hbp")
@@ -27,6 +28,7 @@ def convert(
     residual: LinearOperator | None = None,
     damping: float | Sequence[float] = 0,
     tolerance: float | None = None,
+    solver: Solver | None = None,
     stacked: bool | None = None,
     stacks: str | Sequence[str] | None = None,
 ) -> Model:
@@ -45,7 +47,7 @@ def convert(
     Args:
         model: any module that calls the entries of a `torch.nn.ModuleList` or `torch.nn.Sequential` one after
             another, each on what the one before returned: a tensor, or a tuple whose first entry is the next state.
-        iterations, chunk, residual, damping, tolerance, stacked: as for `Sequential`.
+        iterations, chunk, residual, damping, tolerance, solver, stacked: as for `Sequential`.
         stacks: the name or names of the lists to convert, whole, as ``"encoder.layers"``. Otherwise that list
             of which the longest row of entries of one class has most parameters, and of it that row.
 
@@ -62,11 +64,12 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    how = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance)
     chosen = _named(model, stacks) if stacks is not None else _largest(model)
     converted = []
     for name, layers in chosen:
         options = ConvertedStack(tuple(dict.fromkeys(layers)))
-        options.configure(iterations, chunk, residual, damping, tolerance, stacked)
+        options.configure(how, residual, damping, stacked)
         for i, layer in enumerate(layers):
             _check_layer(f"{name}[{i}]" if name else f"entry {i}", layer)
         converted.append((name, layers, options))

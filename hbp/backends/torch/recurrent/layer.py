@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from hbp.backends.torch.gru import gru_pullback
-from hbp.backends.torch.inspection import refuse_second_derivatives
-from hbp.backends.torch.operations import TorchBackend
+from hbp.backends.torch.autograd import refuse_second_derivatives
+from hbp.backends.torch.recurrent.adjoint import BACKEND
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
-from hbp.core.increments import Report
 from hbp.core.operator import LinearOperator
-
-BACKEND = TorchBackend()
+from hbp.core.solver import Solver
 
 
 @dataclass(frozen=True)
@@ -25,10 +21,8 @@ class Options:
     """How one backward pass is computed; it travels on the autograd context, so nothing ambient is read."""
 
     lstm: bool
-    iterations: int | None
-    chunk: int
+    solver: Solver
     residual: LinearOperator | None
-    watch: Callable[[Report], None] | None = None
 
 
 class RecurrentLayer(torch.autograd.Function):
@@ -96,22 +90,14 @@ def _pull(
     with_inputs: bool,
 ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
     """One direction by its cell's pullback: gradients of the weights, perhaps the inputs, and the initial states."""
-    k, chunk, residual, watch = options.iterations, options.chunk, options.residual, options.watch
-    how = {"iterations": k, "chunk": 1 if k is None else chunk, "residual": residual, "watch": watch}
     pullback: Any
     if options.lstm:
         pullback = LSTMPullback(LSTMParameters(*weights), x, (states[0], states[1]), (h, None), BACKEND)
         given: Any = (cotangents[0], cotangents[1])
     else:
         pullback, given = GRUPullback(GRUParameters(*weights), x, states[0], h, BACKEND), cotangents[0]
-    adjoint = pullback.compiled(given, **how)
-    in_place = chunk == 1 and residual is None and watch is None and h.device.type == "cpu"
-    if adjoint is not None:
-        dparams, dx, initial = adjoint(pullback, given, with_inputs)
-    elif not options.lstm and (in_place or k is None):
-        dparams, dx, initial = gru_pullback(pullback, given, k, with_inputs)
-    else:
-        dparams, dx, initial = pullback(given, **how)
+    residual = None if options.solver.exact else options.residual  # exact under any split
+    dparams, dx, initial = pullback(given, residual=residual, solver=options.solver, with_inputs=with_inputs)
     return [d for d in dparams if d is not None], dx, initial if options.lstm else (initial,)
 
 

@@ -7,7 +7,6 @@ for all steps at once, and the LSTM's states c by a scan.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -15,19 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from hbp.backends.torch.layer import BACKEND, Options, RecurrentLayer
-from hbp.backends.torch.training import Scheduled
+from hbp.backends.torch.options import Scheduled
+from hbp.backends.torch.recurrent.adjoint import BACKEND
+from hbp.backends.torch.recurrent.layer import Options, RecurrentLayer
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
+from hbp.core.solver import Solver
 
 Exact: TypeAlias = Literal["adjoint", "library"]
-
-# Below which B H^2 the adjoint is the faster exact backward on a CPU, by the cell and by whether it is compiled.
-# Measured on two cores at T = 1024. The compiled GRU's backward took 1/30 of torch's time at B H^2 = 4e3 and 0.85 of it
-# at 4e6 and beyond; the plain one's whole training step 1/4 at 4e3, 0.6 at 1.3e5, 0.8 to 1.2 times it at 5e5, where
-# recomputing the gates costs what is saved. The compiled LSTM's backward took 0.45 of oneDNN's time at 4e3, 0.85 at
-# 1.6e4, 1.3 times it at 6.5e4; the plain one is never faster.
-ADJOINT_SIZES = {("GRU", True): math.inf, ("GRU", False): 4e5, ("LSTM", True): 2e4, ("LSTM", False): 0}
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,8 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         *args: Any,
         iterations: int | Schedule | None = None,
         chunk: int = 1,
+        tolerance: float | None = None,
+        solver: Solver | None = None,
         residual: LinearOperator | None = None,
         exact: Exact | None = None,
         **kwargs: Any,
@@ -54,8 +50,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         super().__init__(*args, **kwargs)
         if self.proj_size:
             raise ValueError("proj_size is not supported; use torch.nn.LSTM, or a Linear after a layer without it")
-        self.iterations = iterations
-        self.chunk = chunk
+        self.solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance)
         self.residual = residual
         self.exact = exact
         self.options()
@@ -70,26 +65,22 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
             raise ValueError(f"exact={self.exact!r}; give 'adjoint', 'library', or None for the faster one")
         if self.residual is not None and not isinstance(self.residual, LinearOperator):
             raise TypeError(f"residual is a {type(self.residual).__name__}; give an operator, as hbp.Zero(), or None")
-        return Options(self.mode == "LSTM", *self.current(), self.residual, self.watch())
+        return Options(self.mode == "LSTM", self.current(), self.residual)
 
     def exact_path(self, input: Any) -> Exact:  # noqa: A002
         """The exact backward that ``iterations=None`` means for such an input; ``self.exact`` pins it.
 
-        "adjoint", this library's without a graph, on a CPU below `ADJOINT_SIZES`, where it was measured faster. Else
-        "library".
+        "adjoint", this library's without a graph, where it was measured faster, on a CPU. Else "library".
         """
         if self.exact is not None:
             return self.exact
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         batch = int(input.batch_sizes[0]) if packed else 1 if data.dim() < 3 else data.shape[1 - self.batch_first]
-        if data.device.type != "cpu":
-            return "library"
-        compiled = BACKEND.kernel(f"{self.mode.lower()}_adjoint", data.detach()) is not None
-        return "adjoint" if batch * self.hidden_size**2 < ADJOINT_SIZES[self.mode, compiled] else "library"
+        return "adjoint" if BACKEND.adjoint_pays(self.mode, data, batch, self.hidden_size) else "library"
 
     def extra_repr(self) -> str:
-        own = f", iterations={self.iterations}, chunk={self.chunk}"
+        own = f", solver={self.solver}"
         own += "" if self.residual is None else f", residual={self.residual}"
         own += "" if self.exact is None else f", exact={self.exact!r}"
         return f"{super().extra_repr()}{own}"
@@ -100,7 +91,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         data = input.data if isinstance(input, PackedSequence) else input
         given = () if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *given, *self._flat_weights))
-        if not tracked or (options.iterations is None and self.exact_path(input) == "library"):
+        if not tracked or (options.solver.exact and self.exact_path(input) == "library"):
             return super().forward(input, hx)
         return self._highway(input, given, options)
 
@@ -191,6 +182,8 @@ class GRU(_Recurrent, torch.nn.GRU):
         *args, **kwargs: those of `torch.nn.GRU`.
         iterations: Highway-BP's k, a `Schedule` of it (advanced by `hbp.backends.torch.step`), or None for exact.
         chunk: steps per chunk.
+        tolerance: stop when the last increment is below this fraction of the gradient; ``iterations`` is the cap.
+        solver: these three in one `hbp.Solver`, instead; all are attributes afterwards.
         residual: another residual path than the update gate's, as ``hbp.Zero()`` for the fixed point.
         exact: pins what None means: "adjoint" (this library's, without a graph) or "library" (torch's own).
 

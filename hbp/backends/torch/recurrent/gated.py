@@ -10,19 +10,22 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hbp.backends.torch.inspection import SWAPPING, autocast_of, foreign_leaf, refuse_second_derivatives
-from hbp.backends.torch.operations import TorchBackend
+from hbp.backends.torch.array import TorchBackend
+from hbp.backends.torch.autograd import SWAPPING, autocast_of, foreign_leaf, refuse_second_derivatives
 from hbp.core.adjoint import highway
-from hbp.core.backend import Backend, check_count
+from hbp.core.backend import Backend
 from hbp.core.chain import LinearizedChain
 from hbp.core.operator import Diagonal
+from hbp.core.solver import Solver
 
 BACKEND = TorchBackend()
 
 Cell: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, chunk: int = 1) -> tuple[Tensor, Tensor]:
+def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, chunk: int = 1,
+    tolerance: float | None = None, solver: Solver | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run ``h[t] = gate * h[t-1] + update`` with ``gate, update = cell(h[t-1], xs[t])`` over a sequence.
 
     The residual path is diag(gate), the block whatever h[t-1] does by way of gate and update. The forward builds no
@@ -37,6 +40,8 @@ def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, c
         iterations: Highway-BP's k; None is exact, by torch's own graph through the steps. A cell whose gate and update
             do not read h is exact at k = 0.
         chunk: steps per chunk.
+        tolerance: stop when the last increment is below this fraction of the gradient; ``iterations`` is the cap.
+        solver: these three in one `hbp.Solver`, instead.
 
     Returns:
         ``h``, (T, B, H), and its last entry.
@@ -50,24 +55,23 @@ def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, c
     >>> h.shape, torch.equal(last, h[-1])
     (torch.Size([5, 2, 3]), True)
     """
-    k = None if iterations is None else check_count("iterations", iterations, 0)
-    chunk = check_count("chunk", chunk, 1)
+    solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance).fixed()
     if not callable(cell):
         raise TypeError(f"cell is a {type(cell).__name__}; give a function (h, x) -> (gate, update)")
     if not len(xs):
         raise ValueError(f"xs has shape {tuple(xs.shape)}; expected (T, B, ...) with at least one step")
     parameters = dict(cell.named_parameters()) if isinstance(cell, torch.nn.Module) else {}
-    tracked = torch.is_grad_enabled() and k is not None
+    tracked = torch.is_grad_enabled() and not solver.exact
     if tracked:
         tracked = _needs_gradients(cell, h0, xs, list(parameters.values()))
-    with torch.set_grad_enabled(torch.is_grad_enabled() and k is None):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and solver.exact):
         states = [h0]
         for x in xs.unbind(0):  # indexing a tensor that needs gradients costs the whole sequence at every step
             gate, update = _checked(cell(states[-1], x), states[-1])
             states.append(gate * states[-1] + update)
         h = torch.stack(states[1:])
     if tracked:
-        h = _GatedScan.apply(cell, k, chunk, tuple(parameters), h0, xs, h, *parameters.values())
+        h = _GatedScan.apply(cell, solver, tuple(parameters), h0, xs, h, *parameters.values())
     return h, h[-1]
 
 
@@ -158,17 +162,17 @@ class _GatedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, cell: Cell, iterations: int, chunk: int, names: tuple[str, ...], h0: Tensor, xs: Tensor,
+        ctx: Any, cell: Cell, solver: Solver, names: tuple[str, ...], h0: Tensor, xs: Tensor,
         h: Tensor, *parameters: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.options = (cell, iterations, chunk, names, *autocast_of(h))
+        ctx.options = (cell, solver, names, *autocast_of(h))
         ctx.save_for_backward(h0, xs, h, *parameters)
         return h
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
         refuse_second_derivatives("iterations=None")
-        cell, iterations, chunk, names, autocast, precision = ctx.options
+        cell, solver, names, autocast, precision = ctx.options
         h0, xs, h, *given = ctx.saved_tensors
         # Copies as leaves: hooks on the parameters see the final gradient only, once.
         parameters = [p.detach().requires_grad_(p.requires_grad) for p in given]
@@ -184,8 +188,8 @@ class _GatedScan(torch.autograd.Function):
         _check_alike(gate * before + update, h, precision)
         chain = LinearizedChain(blocks, Diagonal(gate))
         sources = torch.cat([torch.zeros_like(dh[:1]), dh[:-1]])
-        g = highway(chain, dh[-1], iterations, sources=sources, chunk=chunk, backend=BACKEND)
+        g = highway(chain, dh[-1], sources=sources, solver=solver, backend=BACKEND)
         leaves = tuple(leaf for leaf in (x, *parameters) if leaf.requires_grad)
         found = iter(blocks.pull(g[1:], leaves))
         dx, *dparameters = (next(found) if leaf.requires_grad else None for leaf in (x, *parameters))
-        return (None, None, None, None, g[0], dx, None, *dparameters)
+        return (None, None, None, g[0], dx, None, *dparameters)

@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from hbp.core.backend import check_count
 from hbp.core.increments import Report
 from hbp.core.schedule import Schedule
+from hbp.core.solver import Solver
+
+
+class _Field:
+    """A field of a layer's solver as an attribute of the layer: setting it makes another solver, checked."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: Scheduled | None, owner: type) -> Any:
+        return self if layer is None else getattr(layer.solver, self.name)
+
+    def __set__(self, layer: Scheduled, value: Any) -> None:
+        layer.solver = replace(layer.solver, **{self.name: value})
 
 
 class Scheduled:
-    """Highway-BP's ``iterations`` (a number, a `Schedule`, or None for exact) and ``chunk``, as plain attributes."""
+    """A layer or stack with a `Solver`, of which ``iterations`` (a `Schedule` too), ``chunk`` and ``tolerance`` are
+    attributes.
+    """
 
-    iterations: int | Schedule | None = None
-    chunk: int = 1
+    solver: Solver = Solver()
+    iterations = _Field()
+    chunk = _Field()
+    tolerance = _Field()
     training_step: int = 0
     reports: list[Report] | None = None
     """Where a list, each backward pass appends the report on its increments."""
 
-    def current(self) -> tuple[int | None, int]:
-        """The iterations at this training step, and the chunk, checked.
-
-        Raises:
-            TypeError, ValueError: they are no non-negative and positive integers.
-        """
-        k = self.iterations(self.training_step) if isinstance(self.iterations, Schedule) else self.iterations
-        return None if k is None else check_count("iterations", k, 0), check_count("chunk", self.chunk, 1)
-
-    def watch(self) -> Callable[[Report], None] | None:
-        """What takes the reports, where somebody wants them."""
-        return None if self.reports is None else self.reports.append
+    def current(self) -> Solver:
+        """The solver of this training step."""
+        solver = self.solver.at(self.training_step)
+        return solver if self.reports is None else replace(solver, watch=self.reports.append)
 
 
 def set_iterations(module: nn.Module, iterations: int | Schedule | None) -> None:
     """Set ``iterations`` on all of this library's layers and converted stacks inside a module.
 
     Raises:
-        ValueError: there is none.
+        TypeError, ValueError: there is none, or it is no number of iterations; nothing is set then.
     """
-    for layers in scheduled(module).values():
-        layers.iterations = iterations
-        layers.current()
+    found = scheduled(module).values()
+    for layers, solver in [(layers, replace(layers.solver, iterations=iterations)) for layers in found]:
+        layers.solver = solver
 
 
 def step(module: nn.Module) -> None:
@@ -63,7 +72,7 @@ def follow(optimizer: torch.optim.Optimizer, module: nn.Module) -> Any:
     >>> layer = hb.GRU(2, 2, iterations=hbp.Schedule({0: 1, 2: 3}))
     >>> optimizer = torch.optim.SGD(layer.parameters())
     >>> handle = follow(optimizer, layer)
-    >>> optimizer.step(), optimizer.step(), layer.current()[0]
+    >>> optimizer.step(), optimizer.step(), layer.current().iterations
     (None, None, 3)
     """
     scheduled(module)
@@ -78,7 +87,7 @@ def scheduled(module: nn.Module) -> dict[str, Scheduled]:
     """
     found: dict[int, tuple[str, Scheduled]] = {}
     for name, part in module.named_modules():
-        # A converted layer's forward is a callable that knows its stack (hbp.backends.torch.conversion).
+        # A converted layer's forward is a callable that knows its stack (hbp.backends.torch.stack.conversion).
         layers = part if isinstance(part, Scheduled) else getattr(part.__dict__.get("forward"), "stack", None)
         if isinstance(layers, Scheduled):
             found.setdefault(id(layers), (name, layers))
