@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import crossover, memory, report, rnn, scan, stack
 from benchmarks.environment import environment
 from benchmarks.measure import Library, Method, Row, distance, first_calls, library, time_all
+from hbp.availability import available
 from hbp.backends._kernels import level
-from hbp.core.registry import LIBRARIES, available
+from hbp.core.registry import LIBRARIES
 
 TABLES = {"scan": scan, "rnn": rnn, "stack": stack, "memory": memory, "crossover": crossover}
 ROUNDS = {"quick": 5, "full": 7}

@@ -32,7 +32,7 @@ def environment(libraries: list[Library]) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": {name: found for name in (*PACKAGES, *PEERS) if (found := _version(name))},
         "devices": {lib.name: lib.front_end.backend.device() for lib in libraries},
-        "kernels": {lib.name: lib.front_end.backend.kernels() for lib in libraries},
+        "kernels": {lib.name: lib.front_end.backend.kernel_state() for lib in libraries},
         "variables": {
             name: os.environ[name] for name in sorted(os.environ) if name.endswith("_NUM_THREADS") or name == VARIABLE
         },

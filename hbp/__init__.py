@@ -9,14 +9,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from hbp.availability import available
 from hbp.core.adjoint import backprop, highway, iterates, propagate, report
 from hbp.core.chain import LinearizedChain
-from hbp.core.forward import linearize, linearize_layers
 from hbp.core.increments import DivergenceWarning, Iterate, Report
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
-from hbp.core.registry import available, backend_of, use, using
+from hbp.core.registry import backend_of, use, using
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
+from hbp.linearization import linearize, linearize_layers
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hbp
+from hbp.availability import availability
 from hbp.backends._kernels import level
-from hbp.core.registry import LIBRARIES, availability, load
+from hbp.core.registry import LIBRARIES, load
 
 if TYPE_CHECKING:
     from hbp.demo.compare import Run, Settings
@@ -94,7 +95,7 @@ def _info(_: argparse.Namespace) -> int:
     for name, state in hbp.available().items():
         print(f"  {name:<6} {state}")
         if state.device is not None:
-            print(f"         kernels: {load(name).backend.kernels()}")
+            print(f"         kernels: {load(name).backend.kernel_state()}")
     return 0
 
 

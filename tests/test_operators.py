@@ -11,8 +11,9 @@ from oracles import KINDS, converted, fits, residual_case
 
 from hbp import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.backends.numpy import backend
-from hbp.core.joining import concatenate, stack
+from hbp.core.joining import concatenate, one_each
 from hbp.core.scan import Affine
+from hbp.linearization import stack_maps as stack
 
 SHAPES = [(), (3,), (2, 3), (3, 2, 3)]
 CASES = [(kind, shape) for kind, shape in product(KINDS, SHAPES) if fits(kind, shape)]
@@ -109,7 +110,7 @@ def test_concatenate_joins_stacks_of_one_kind(kind, shape, library, rng):
     v = rng.normal(size=(5, *shape))
     like, own = library.array(v[0]), library.front_end.backend
     first, second = (converted(op, library.array).bind(n, like, own) for op, n in ((first, 2), (second, 3)))
-    joined = concatenate(first, second, (2, 3), own)
+    joined = concatenate(one_each(first, 2, like, own), one_each(second, 3, like, own), own)
     assert type(joined) is type(first)
     close(
         library.numpy(joined.bind(5, like, own).mv(library.array(v))),
@@ -117,24 +118,15 @@ def test_concatenate_joins_stacks_of_one_kind(kind, shape, library, rng):
     )
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        (Scalar(0.5), Scalar(0.25), [0.5, 0.5, 0.25]),
-        (Scalar(0.5), concatenate(Scalar(2.0), Scalar(3.0), (0, 1), backend), [0.5, 0.5, 3.0]),
-        (concatenate(Scalar(2.0), Scalar(3.0), (1, 1), backend), Scalar(0.25), [2.0, 3.0, 0.25]),
-    ],
-)
-def test_concatenate_of_numbers(first, second, expected):
-    joined = concatenate(first, second, (2, 1), None)
-    assert joined.length == 3
+def test_a_number_becomes_one_for_each_layer_in_the_states_dtype():
     states = np.ones((3, 2), np.float32)
+    joined = concatenate(*(one_each(Scalar(s), n, states[0], backend) for s, n in ((0.5, 2), (0.25, 1))), backend)
+    assert joined.length == 3
     found = joined.bind(3, states[0], backend).mv(states)
     assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, np.float32(expected)[:, None] * states)
-    squared = (joined @ joined).bind(3, states[0], backend).mv(states)
-    close(squared, np.float32(expected)[:, None] ** 2 * states)
-    close((joined @ Scalar(2.0)).bind(3, states[0], backend).mv(states), 2 * found)
+    np.testing.assert_array_equal(found, np.float32([0.5, 0.5, 0.25])[:, None] * states)
+    np.testing.assert_array_equal((joined @ joined).mv(states), np.float32([0.25, 0.25, 0.0625])[:, None] * states)
+    assert one_each(Identity(), 3, states[0], backend).length is None
 
 
 MATRIX = np.arange(9.0).reshape(3, 3) / 9
@@ -208,7 +200,7 @@ def test_stack_on_an_empty_batch(names):
 
 def test_stack_of_nothing_and_of_nonsense():
     assert isinstance(stack([], np.zeros(3), backend), LinearOperator)
-    with pytest.raises(TypeError, match=r"layer 1 is a float.*operators"):
+    with pytest.raises(TypeError, match=r"returned a float for layer 1; return one map"):
         stack([Identity(), 0.5], np.zeros(3), backend)
     pair = Pair(np.ones((2, 3)), np.ones((2, 3)))
     with pytest.raises(TypeError, match=r"mixes .*'Identity', 'Pair'.*Pairs only"):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from hbp.core.backend import Array, Pullback, dtype_name
+from hbp.core.backend import Array, Gauge, Pullback, dtype_name
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.core.scan import hillis_steele, loop, propagate_pair, sequential
 
@@ -27,7 +27,7 @@ class ArrayBackend:
     def device(self) -> str:
         return "cpu"
 
-    def kernels(self) -> str:
+    def kernel_state(self) -> str:
         return "plain"
 
     def concat(self, arrays: Sequence[Array], axis: int = 0) -> Array:
@@ -81,6 +81,21 @@ class ArrayBackend:
 
     def scan(self, step: Callable[[Any, Any], Any], carry: Any, rows: Array | int, reverse: bool = False) -> Any:
         return loop(step, carry, rows, reverse, backend=self)
+
+    def repeat(self, step: Callable[[Any], Any], state: Any, most: int, gauge: Gauge | None = None) -> Any:
+        if gauge is None:
+            for _ in range(most):
+                state = step(state)
+            return state
+        sizes = [gauge.measure(state)]
+        while len(sizes) <= most and not gauge.settled(sizes[-1]):
+            state = step(state)
+            sizes.append(gauge.measure(state))
+        gauge.told(sizes)
+        return state
+
+    def total(self, length: int) -> int:
+        return length
 
     def kernel(self, name: str, *arrays: Array) -> Callable[..., Any] | None:
         return None

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from hbp.core import adjoint, forward
+from hbp import linearization
+from hbp.core import adjoint
 from hbp.core.backend import Backend
 from hbp.core.chain import LinearizedChain
 from hbp.core.increments import Iterate, Report
@@ -41,7 +42,7 @@ def bound(backend: Backend) -> tuple[Callable[..., Any], ...]:
 
     In the order of `FUNCTIONS`.
     """
-    core = {**vars(forward), **vars(adjoint)}
+    core = {**vars(linearization), **vars(adjoint)}
     return (*(partial(core[name], backend=backend) for name in FUNCTIONS[:-1]), backend.vjp)
 
 

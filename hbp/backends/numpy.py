@@ -19,7 +19,7 @@ class NumpyBackend(NumpyLike):
     def __init__(self) -> None:
         super().__init__("numpy", np)
 
-    def kernels(self) -> str:
+    def kernel_state(self) -> str:
         return CPU.state()
 
     def kernel(self, name: str, *arrays: np.ndarray) -> Callable[..., Any] | None:

@@ -71,11 +71,12 @@ def own_code(
     if residual is not None:
         return None, None
     given = [array for array in arrays if array is not None]
+    plain = not solver.exact and solver == Solver(solver.iterations) and solver.watch is None
     whole = backend.kernel(f"{cell}_adjoint", *given) if solver.exact else None
-    if whole is None and (solver.exact or solver.plain):
+    if whole is None and (solver.exact or plain):
         in_place = backend.kernel(f"{cell}_in_place", *given)
         whole = in_place and partial(in_place, iterations=solver.iterations)
-    rounds = backend.kernel(f"{cell}_rounds", *given) if whole is None and solver.plain else None
+    rounds = backend.kernel(f"{cell}_rounds", *given) if whole is None and plain else None
     return whole, rounds
 
 

@@ -24,6 +24,7 @@ from hbp.core.backend import Array, Backend
 from hbp.core.chain import LinearizedChain
 from hbp.core.increments import Report
 from hbp.core.operator import Diagonal, LinearOperator
+from hbp.core.pullbacks import Pullbacks
 from hbp.core.solver import Solver
 
 
@@ -87,7 +88,7 @@ def _gates(params: GRUParameters, inputs: Array, h: Array, backend: Backend) -> 
 
 
 @dataclass(frozen=True, eq=False)
-class GRUBlocks:
+class GRUBlocks(Pullbacks):
     """The blocks of a GRU's steps, ``B[t]``: all that h[t-1] does to h[t] by way of the gates."""
 
     gains: Array

@@ -24,6 +24,7 @@ from hbp.core.backend import Array, Backend
 from hbp.core.chain import LinearizedChain
 from hbp.core.increments import Report
 from hbp.core.operator import Diagonal, LinearOperator, Pair
+from hbp.core.pullbacks import Pullbacks
 from hbp.core.solver import Solver
 
 
@@ -99,7 +100,7 @@ def _memory(i: Array, f: Array, g: Array, c0: Array, backend: Backend) -> Array:
 
 
 @dataclass(frozen=True, eq=False)
-class LSTMBlocks:
+class LSTMBlocks(Pullbacks):
     """The blocks of an LSTM's steps on the state (c, h), shape (B, 2, H): all that h[t-1] does by way of the gates."""
 
     gains: Array

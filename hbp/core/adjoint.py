@@ -8,27 +8,19 @@ it has come. Everywhere ``g[i]`` belongs to ``x[i]``; ``sources`` (L, ...) enter
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import islice
 
-from hbp.core.backend import Array, Backend, check_count, check_floating, check_shape
-from hbp.core.chain import LinearizedChain, Stages
-from hbp.core.increments import DivergenceWarning, Iterate, Report
+from hbp.core.backend import Array, Backend, check_floating, check_kind, check_shape
+from hbp.core.chain import LinearizedChain
+from hbp.core.equation import Equation
+from hbp.core.increments import Iterate, Report
 from hbp.core.operator import LinearOperator
 from hbp.core.registry import resolve
-from hbp.core.scan import loop
 from hbp.core.solver import Solver
 
 
 def backprop(
-    chain: LinearizedChain,
-    cotangent: Array,
-    sources: Array | None = None,
-    *,
-    backend: Backend | str | None = None,
+    chain: LinearizedChain, cotangent: Array, sources: Array | None = None, *, backend: Backend | str | None = None
 ) -> Array:
     """Exact backpropagation, layer after layer: all of ``g``, shape (L+1, ...), rounded at each layer.
 
@@ -40,7 +32,7 @@ def backprop(
     >>> backprop(chain, np.array([4.0])).tolist()
     [[9.0], [6.0], [4.0]]
     """
-    return _posed(chain, cotangent, sources, 1, backend).exact()
+    return _posed(chain, cotangent, sources, Solver(), backend).solved()
 
 
 def highway(
@@ -63,7 +55,7 @@ def highway(
         iterations: k; None for exact backprop. With a tolerance it is the cap.
         sources: cotangents that enter at x[0..L-1], shape (L, ...).
         chunk, tolerance, watch: as in `Solver`.
-        solver: all of these four in one value, instead.
+        solver: iterations, chunk, tolerance and watch in one value, instead.
         backend: a backend or its name, where it shall not be chosen by `resolve`'s rules.
 
     Returns:
@@ -80,24 +72,8 @@ def highway(
     >>> [highway(chain, np.array([4.0]), iterations=k)[0].item() for k in (0, 1, 2)]
     [4.0, 8.0, 9.0]
     """
-    solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch).fixed()
-    cap: int | None = solver.iterations  # type: ignore[assignment]
-    tolerance, watch = solver.tolerance, solver.watch
-    problem = _posed(chain, cotangent, sources, solver.chunk, backend)
-    if tolerance is not None or (watch is not None and cap is not None):
-        return problem.filled(problem.until(tolerance, cap, watch))
-    if cap is None:
-        return problem.exact()
-    g = problem.backend.propagate(problem.coarse.residual.T, problem.c)
-    for _ in range(min(cap, len(problem.coarse))):
-        g = step(problem.coarse, g, problem.c, problem.backend)
-    return problem.filled(g)
-
-
-def step(chain: LinearizedChain, g: Array, c: Array, backend: Backend) -> Array:
-    """One iteration, ``scan(R^T, c + B^T g)``: all blocks at once, then one suffix scan. ``c`` is (L+1, ...)."""
-    pulled = chain.pull_blocks(g[1:], backend) + c[:-1] if len(chain) else c[:-1]
-    return backend.propagate(chain.residual.T, backend.concat([pulled, c[-1:]]))
+    solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch)
+    return _posed(chain, cotangent, sources, solver, backend).solved()
 
 
 def propagate(operator: LinearOperator, c: Array, *, backend: Backend | str | None = None) -> Array:
@@ -111,8 +87,7 @@ def propagate(operator: LinearOperator, c: Array, *, backend: Backend | str | No
     >>> propagate(Scalar(0.5), np.array([0.0, 0.0, 8.0])).tolist()
     [2.0, 4.0, 8.0]
     """
-    if not isinstance(operator, LinearOperator):
-        raise TypeError(f"operator is a {type(operator).__name__}; give a residual operator, as Diagonal(...)")
+    check_kind("operator", operator, LinearOperator, "a residual operator, as Diagonal(...)")
     resolved = resolve(backend, c, *operator.arrays)
     check_floating(c=c)
     if c.ndim == 0 or not len(c):
@@ -127,18 +102,19 @@ def iterates(
     *,
     sources: Array | None = None,
     chunk: int = 1,
+    solver: Solver | None = None,
     backend: Backend | str | None = None,
 ) -> Iterator[Iterate]:
-    """Iterates k = 0, 1, ... of `highway` one after another, up to the exact one, each with its increment's size.
+    """Iterates k = 0, 1, ... of `highway` one after another, each with its increment's size.
+
+    They go up to the exact one, or to where ``solver`` stops.
 
     >>> import numpy as np
     >>> chain = LinearizedChain([lambda g: 0.5 * g] * 2)
     >>> [(it.iteration, it.cotangents[0].item()) for it in iterates(chain, np.array([4.0]))]
     [(0, 4.0), (1, 8.0), (2, 9.0)]
     """
-    problem = _posed(chain, cotangent, sources, chunk, backend)
-    copy = problem.backend.concat  # the iteration goes on from its own arrays, whatever becomes of these
-    return (replace(it, cotangents=copy([problem.filled(it.cotangents)])) for it in problem.increments())
+    return _posed(chain, cotangent, sources, Solver.of(solver, chunk=chunk), backend).iterates()
 
 
 def report(
@@ -148,6 +124,7 @@ def report(
     *,
     sources: Array | None = None,
     chunk: int = 1,
+    solver: Solver | None = None,
     backend: Backend | str | None = None,
 ) -> Report:
     """The increments of up to ``iterations`` iterations (None: all), with a verdict on the split.
@@ -157,97 +134,18 @@ def report(
     >>> report(damped, np.array([1.0])).verdict.split(":")[0]
     'diverges'
     """
-    cap = None if iterations is None else check_count("iterations", iterations, 0)
-    problem = _posed(chain, cotangent, sources, chunk, backend)
-    seen = [replace(it, cotangents=None) for it in islice(problem.increments(), None if cap is None else cap + 1)]
-    return Report.of(seen, len(problem.coarse))
-
-
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    """An adjoint equation whose input has been checked: a bound chain, and what enters at its states."""
-
-    chain: LinearizedChain
-    cotangent: Array
-    sources: Array | None
-    chunk: int
-    backend: Backend
-
-    @cached_property
-    def coarse(self) -> LinearizedChain:
-        """The chain of stages; with chunks of one layer, the chain itself."""
-        coarse = self.chain.coarsen(self.chunk, self.backend)
-        return coarse if coarse is self.chain else coarse.bind(self.cotangent, self.backend)
-
-    @cached_property
-    def c(self) -> Array:
-        """What enters at the states of the chain of stages, (number of stages + 1, ...)."""
-        sources, count = self.sources, len(self.coarse)
-        if sources is None:
-            zero = self.backend.zeros_like(self.cotangent)
-            sources = self.backend.xp.broadcast_to(zero, (count, *self.cotangent.shape))
-        elif self.coarse is not self.chain:
-            *_, sources = self.coarse.pullbacks.sweep(self.backend.zeros_like(sources[:count]), sources, self.backend)
-        return self.backend.concat([sources, self.cotangent[None]])
-
-    def exact(self) -> Array:
-        """Layer after layer."""
-        if not len(self.chain):
-            return self.backend.stack([self.cotangent])
-
-        def layer_by_layer(g: Array, i: int) -> Array:
-            g = self.chain.pull_layer(i, g, self.backend)
-            return g if self.sources is None else g + self.sources[i]
-
-        scan = self.backend.scan if self.chain.pullbacks.traceable else partial(loop, backend=self.backend)
-        g = scan(layer_by_layer, self.cotangent, len(self.chain), reverse=True)
-        return self.backend.concat([g, self.cotangent[None]])
-
-    def increments(self) -> Iterator[Iterate]:
-        """The iterates on the chain of stages, by increments."""
-        increment = g = self.backend.propagate(self.coarse.residual.T, self.c)
-        nothing = self.backend.zeros_like(self.c)
-        for k in range(len(self.coarse) + 1):
-            if k:
-                increment = step(self.coarse, increment, nothing, self.backend)
-                g = g + increment
-            yield Iterate(k, g, self.backend.norm(increment), self.backend.norm(g))
-
-    def until(self, tolerance: float | None, cap: int | None, watch: Callable[[Report], None] | None) -> Array:
-        """The first iterate whose increment is below the tolerance, or the one at the cap."""
-        seen = []
-        for iterate in islice(self.increments(), None if cap is None else cap + 1):
-            seen.append(replace(iterate, cotangents=None))
-            if tolerance is not None and iterate.relative <= tolerance:
-                break
-        report = Report.of(seen, len(self.coarse))
-        if tolerance is not None and report.diverges:
-            warnings.warn(report.verdict, DivergenceWarning, stacklevel=3)
-        if watch is not None:
-            watch(report)
-        return iterate.cotangents
-
-    def filled(self, g: Array) -> Array:
-        """``g`` at all states of the chain, from its values at the stage boundaries."""
-        if self.coarse is self.chain:
-            return g
-        stages: Stages = self.coarse.pullbacks
-        inside = list(islice(stages.sweep(g[1:], self.sources, self.backend), stages.size - 1))
-        rows = self.backend.stack([g[:-1], *reversed(inside)], axis=1)
-        states = rows.reshape((len(stages) * stages.size, *g.shape[1:]))
-        return self.backend.concat([states[: len(self.chain)], g[-1:]])
+    posed = _posed(chain, cotangent, sources, Solver.of(solver, iterations=iterations, chunk=chunk), backend)
+    return Report.of([(it.increment, it.size) for it in posed.iterates(filled=False)], len(posed.coarse))
 
 
 def _posed(
-    chain: LinearizedChain, cotangent: Array, sources: Array | None, chunk: int, backend: Backend | str | None
-) -> _Problem:
+    chain: LinearizedChain, cotangent: Array, sources: Array | None, solver: Solver, backend: Backend | str | None
+) -> Equation:
     """Check all input before any work."""
-    chunk = check_count("chunk", chunk, 1)
-    if not isinstance(chain, LinearizedChain):
-        raise TypeError(f"chain is a {type(chain).__name__}; give a LinearizedChain, as linearize returns")
+    check_kind("chain", chain, LinearizedChain, "a LinearizedChain, as linearize returns")
     given = {"cotangent": cotangent} if sources is None else {"cotangent": cotangent, "sources": sources}
     resolved = resolve(backend, *given.values(), *chain.residual.arrays)
     check_floating(**given)
     if sources is not None:
         check_shape("sources", sources, (len(chain), *cotangent.shape))
-    return _Problem(chain.bind(cotangent, resolved), cotangent, sources, chunk, resolved)
+    return Equation(chain.bind(cotangent, resolved), cotangent, sources, solver.fixed(), resolved)

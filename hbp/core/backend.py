@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Real
 from operator import index
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
-
-if TYPE_CHECKING:
-    from hbp.core.operator import LinearOperator
+from typing import Any, Protocol, TypeAlias
 
 Array: TypeAlias = Any
 Pullback: TypeAlias = Callable[[Array], Array]
 """The transposed Jacobian of a function at a point: cotangent of the output -> cotangent of the input."""
 
 
+class Gauge(Protocol):
+    """What is measured of the states of an iteration, when that ends it, and who is told."""
+
+    def measure(self, state: Any) -> tuple[float, float]:
+        """Two numbers (`Backend.norm`)."""
+
+    def settled(self, sizes: tuple[float, float]) -> Any:
+        """Whether the iteration may end."""
+
+    def told(self, sizes: Sequence[tuple[float, float]]) -> None:
+        """Take the numbers of all states, when the iteration has ended."""
+
+
 class Backend(Protocol):
-    """The seven operations of an array library, a namespace and a scan for its cells, kernels, and three for reports.
+    """The six operations of an array library, two loops, kernels, two of chains over devices, and two for people.
 
     Nothing is created without a template array, so dtype and device always come from an argument.
     Implementations leave their arguments unchanged.
@@ -41,22 +50,28 @@ class Backend(Protocol):
     def vjp(self, fn: Callable[[Array], Array], x: Array) -> tuple[Array, Pullback]:
         """``fn(x)`` and its pullback at ``x``."""
 
-    def propagate(self, operator: LinearOperator, c: Array) -> Array:
-        """Solve ``g[i] = A[i] g[i+1] + c[i]``, ``g[L] = c[L]``: a suffix scan (`hbp.core.scan.sequential`)."""
+    def propagate(self, operator: Any, c: Array) -> Array:
+        """Solve ``g[i] = A[i] g[i+1] + c[i]``, ``g[L] = c[L]`` for a `LinearOperator` (`hbp.core.scan.sequential`)."""
 
     def scan(self, step: Callable[[Any, Any], Any], carry: Any, rows: Array | int, reverse: bool = False) -> Any:
         """The carries after each ``carry = step(carry, row)``, stacked in the rows' order (`hbp.core.scan.loop`)."""
 
+    def repeat(self, step: Callable[[Any], Any], state: Any, most: int, gauge: Gauge | None = None) -> Any:
+        """``state = step(state)``, ``most`` times, or until the gauge says that the last state is settled."""
+
     def kernel(self, name: str, *arrays: Array) -> Callable[..., Any] | None:
         """The compiled form of a plain definition for such arrays, or None where the plain one runs."""
 
+    def total(self, length: int) -> int:
+        """The length of the whole chain, of which ``length`` layers are here; `propagate` and `norm` take in all."""
+
     def norm(self, x: Array) -> float:
-        """The Euclidean norm of all entries, as a Python float."""
+        """The Euclidean norm of all entries of the chain's states: a Python float, or an array while it is traced."""
 
     def device(self) -> str:
         """Where new arrays live, for people."""
 
-    def kernels(self) -> str:
+    def kernel_state(self) -> str:
         """Which kernels run, or why the plain definitions do, for people."""
 
 
@@ -69,7 +84,9 @@ def check_floating(**arrays: Array) -> None:
     """Raise TypeError unless every array holds real floating-point numbers, all of one dtype."""
     kinds = {name: dtype_name(array) for name, array in arrays.items()}
     for name, kind in kinds.items():
-        if "float" not in kind:
+        if kind[0] in "<>":
+            raise TypeError(f"{name} is {kind}, in a byte order not this machine's; cast it, as by x.astype(float)")
+        if not kind.startswith(("float", "bfloat")):
             raise TypeError(f"{name} is {kind}; gradients need real floating-point numbers, cast it first")
     if len(set(kinds.values())) > 1:
         raise TypeError(f"all arrays need one dtype, these differ: {kinds}; cast them first")
@@ -99,10 +116,7 @@ def check_count(name: str, value: Any, minimum: int) -> int:
     return count
 
 
-def check_tolerance(tolerance: Any) -> float | None:
-    """``tolerance`` as a float, or None, after checking that it is a number from 0 to 1 (ValueError)."""
-    if tolerance is None:
-        return None
-    if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 <= float(tolerance) <= 1:
-        raise ValueError(f"tolerance={tolerance!r}; give a non-negative number, at most 1: a fraction of the solution")
-    return float(tolerance)
+def check_kind(name: str, value: Any, kind: Any, cure: str) -> None:
+    """Raise TypeError unless ``value`` is of a kind, as `isinstance` takes it; ``cure`` says what to give."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is a {type(value).__name__}; give {cure}")

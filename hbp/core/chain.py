@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, Self
 
-from hbp.core.backend import Array, Backend, check_count, check_shape, dtype_name
-from hbp.core.joining import concatenate
+from hbp.core.backend import Array, Backend, check_count, check_kind, check_shape, dtype_name
+from hbp.core.joining import concatenate, one_each
 from hbp.core.operator import Identity, LinearOperator, Zero
-from hbp.core.pullbacks import PullbackList
-from hbp.core.registry import backend_of, load, resolve
+from hbp.core.pullbacks import PullbackList, Pullbacks
 
 IDENTITY = Identity()
 
 
 @dataclass(frozen=True, eq=False)
-class LinearizedChain:
+class LinearizedChain(Pullbacks):
     """A chain of L layers at a point: the pullbacks of its blocks, ``B[i]^T``, and its residual maps ``R[i]``.
+
+    It is itself the pullbacks of its whole layers, ``(R[i] + B[i])^T``.
 
     Args:
         pullbacks: one callable per block (cotangent -> cotangent of the same shape), or a `Pullbacks`.
@@ -38,115 +40,102 @@ class LinearizedChain:
     def __post_init__(self) -> None:
         if isinstance(self.pullbacks, Sequence):
             for i, pullback in enumerate(self.pullbacks):
-                if not callable(pullback):
-                    raise TypeError(f"pullback {i} is a {type(pullback).__name__}; give a callable")
+                check_kind(f"pullback {i}", pullback, Callable, "a callable")
             object.__setattr__(self, "pullbacks", PullbackList(self.pullbacks, range(len(self.pullbacks))))
-        if not isinstance(self.residual, LinearOperator):
-            raise TypeError(
-                f"residual is a {type(self.residual).__name__}; give an operator: Identity(), Scalar(...), "
-                "Diagonal(...), Dense(...) or Zero()"
-            )
+        check_kind("residual", self.residual, LinearOperator, "an operator, as Identity()")
         if not all(hasattr(self.pullbacks, name) for name in ("__len__", "__getitem__", "at")):
             raise TypeError(f"pullbacks is a {type(self.pullbacks).__name__}; give a list of callables, one per block")
-        if self.residual.length not in (None, len(self)):
-            raise ValueError(
-                f"the residual {type(self.residual).__name__} has {self.residual.length} maps and the chain "
-                f"{len(self)} layers; give one map per layer"
-            )
+        self.residual.check_length(self._layers)
+
+    @property
+    def _layers(self) -> int:
+        """The number of residual maps."""
+        return len(self)
+
+    @property
+    def traceable(self) -> bool:  # type: ignore[override]
+        return bool(self.pullbacks.traceable)
 
     def __len__(self) -> int:
         return len(self.pullbacks)
 
     def __getitem__(self, index: slice) -> LinearizedChain:
-        if not isinstance(index, slice):
-            raise TypeError(f"a chain is cut by slices, chain[i:j], not by a {type(index).__name__}")
+        _check_slice(index)
         return replace(self, pullbacks=self.pullbacks[index], residual=self.residual[index])
 
-    def bind(self, like: Array, backend: Backend) -> LinearizedChain:
-        """This chain, checked against states like ``like``, its residual maps aligned (`LinearOperator.bind`)."""
-        if self.state is not None:
-            shape, dtype = self.state
-            check_shape("the cotangent, as the chain's states,", like, shape)
-            if dtype_name(like) != dtype:
-                raise TypeError(f"the cotangent is {dtype_name(like)} and the chain's states are {dtype}; cast it")
-        inner = (
-            self.pullbacks.bind(like, backend)
-            if isinstance(self.pullbacks, LayerPullbacks | Stages)
-            else self.pullbacks
-        )
-        return replace(self, pullbacks=inner, residual=self.residual.bind(len(self), like, backend))
+    def __call__(self, cotangents: Array, backend: Backend) -> Array:
+        return self.residual.T.mv(cotangents) + self.pullbacks(cotangents, backend)
+
+    def at(self, i: Any, cotangent: Array, backend: Backend) -> Array:
+        return self.residual[i].T.mv(cotangent) + self.pullbacks.at(i, cotangent, backend)
 
     def pull_blocks(self, g: Array, backend: Backend) -> Array:
         """``B[i]^T g[i]`` for all i at once, shapes (L, ...)."""
         return self.pullbacks(g, backend)
 
-    def pull_layers(self, g: Array, backend: Backend) -> Array:
-        """``(R[i] + B[i])^T g[i]`` for all i at once, shapes (L, ...)."""
-        return self.residual.T.mv(g) + self.pullbacks(g, backend)
+    def bind(self, like: Array, backend: Backend) -> Self:
+        self._check_state(like)
+        inner = self.pullbacks.bind(like, backend) if isinstance(self.pullbacks, Pullbacks) else self.pullbacks
+        return replace(self, pullbacks=inner, residual=self.residual.bind(len(self), like, backend))
 
-    def pull_layer(self, i: Any, g: Array, backend: Backend) -> Array:
-        """``(R[i] + B[i])^T g`` for one layer."""
-        return self.residual[i].T.mv(g) + self.pullbacks.at(i, g, backend)
+    def _check_state(self, like: Array) -> None:
+        if self.state is not None:
+            shape, dtype = self.state
+            check_shape("the cotangent, as the chain's states,", like, shape)
+            if dtype_name(like) != dtype:
+                raise TypeError(f"the cotangent is {dtype_name(like)} and the chain's states are {dtype}; cast it")
 
     def resplit(self, residual: LinearOperator) -> LinearizedChain:
         """The same layers under another split: the block is whatever ``residual`` leaves of each layer."""
-        return LayerChain(LayerPullbacks(self), residual, self.state)
+        return LayerChain(self, residual, self.state)
 
-    def coarsen(self, size: int, backend: Backend | str | None = None) -> LinearizedChain:
+    def coarsen(self, size: int) -> LinearizedChain:
         """The chain of stages of ``size`` consecutive layers (the last may be shorter).
 
         A stage is one layer: its residual map is the product of its layers' maps, its pullback exact backprop
-        through them. ``backend`` is needed only where it cannot be told from the residual maps' arrays.
+        through them.
         """
         size = min(check_count("chunk", size, 1), max(len(self), 1))
-        if size == 1:
-            return self
-        return LayerChain(Stages(self, size, size), products(self.residual, len(self), size, backend), self.state)
+        return self if size == 1 else StageChain(Stages(self, size, size), self.residual, self.state)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerChain(LinearizedChain):
     """A chain whose pullbacks are those of whole layers: a block's is what the residual map leaves of it."""
 
+    def __call__(self, cotangents: Array, backend: Backend) -> Array:
+        return self.pullbacks(cotangents, backend)
+
+    def at(self, i: Any, cotangent: Array, backend: Backend) -> Array:
+        return self.pullbacks.at(i, cotangent, backend)
+
     def pull_blocks(self, g: Array, backend: Backend) -> Array:
         whole = self.pullbacks(g, backend)
         return whole if isinstance(self.residual, Zero) else whole - self.residual.T.mv(g)
 
-    def pull_layers(self, g: Array, backend: Backend) -> Array:
-        return self.pullbacks(g, backend)
-
-    def pull_layer(self, i: Any, g: Array, backend: Backend) -> Array:
-        return self.pullbacks.at(i, g, backend)
-
 
 @dataclass(frozen=True, eq=False)
-class LayerPullbacks:
-    """The pullbacks of a chain's whole layers."""
-
-    chain: LinearizedChain
+class StageChain(LayerChain):
+    """A chain of `Stages` and its layers' residual maps, which are composed stage by stage when it is bound."""
 
     @property
-    def traceable(self) -> bool:
-        return bool(self.chain.pullbacks.traceable)
+    def _layers(self) -> int:
+        return int(self.pullbacks.chain._layers)
 
-    def __len__(self) -> int:
-        return len(self.chain)
+    def __getitem__(self, index: slice) -> StageChain:
+        _check_slice(index)
+        stages = self.pullbacks[index]
+        return StageChain(stages, stages.chain.residual, self.state)
 
-    def __getitem__(self, index: slice) -> LayerPullbacks:
-        return LayerPullbacks(self.chain[index])
-
-    def bind(self, like: Array, backend: Backend) -> LayerPullbacks:
-        return LayerPullbacks(self.chain.bind(like, backend))
-
-    def __call__(self, cotangents: Array, backend: Backend) -> Array:
-        return self.chain.pull_layers(cotangents, backend)
-
-    def at(self, i: Any, cotangent: Array, backend: Backend) -> Array:
-        return self.chain.pull_layer(i, cotangent, backend)
+    def bind(self, like: Array, backend: Backend) -> LayerChain:  # type: ignore[override]
+        self._check_state(like)
+        stages: Stages = self.pullbacks.bind(like, backend)
+        maps = products(stages.chain.residual, len(stages.chain), stages.size, like, backend, stages.stride)
+        return LayerChain(stages, maps, self.state)
 
 
 @dataclass(frozen=True, eq=False)
-class Stages:
+class Stages(Pullbacks):
     """The pullbacks of stages of ``size`` layers that start at layers 0, stride, 2 stride, ... of a chain.
 
     Each is exact backprop through its layers, for all stages at once.
@@ -155,7 +144,6 @@ class Stages:
     chain: LinearizedChain
     size: int
     stride: int
-    traceable = False
 
     def __len__(self) -> int:
         return -(-len(self.chain) // self.stride)
@@ -164,15 +152,12 @@ class Stages:
         start, stop, step = index.indices(len(self))
         return Stages(self.chain[start * self.stride : stop * self.stride], self.size, step * self.stride)
 
-    def bind(self, like: Array, backend: Backend) -> Stages:
-        return replace(self, chain=self.chain.bind(like, backend))
-
     def __call__(self, cotangents: Array, backend: Backend) -> Array:
         *_, g = self.sweep(cotangents, None, backend)
         return g
 
-    def at(self, i: Any, cotangent: Array, backend: Backend) -> Array:
-        return self[i : i + 1](cotangent[None], backend)[0]
+    def bind(self, like: Array, backend: Backend) -> Stages:
+        return replace(self, chain=self.chain.bind(like, backend))
 
     def sweep(self, cotangents: Array, sources: Array | None, backend: Backend) -> Iterator[Array]:
         """Exact backprop from the ends of all stages to their starts.
@@ -183,25 +168,34 @@ class Stages:
         g = cotangents
         for j in reversed(range(self.size)):
             layers = self.chain[j :: self.stride]
-            moved = layers.pull_layers(g[: len(layers)], backend) if len(layers) else g[:0]
+            moved = layers(g[: len(layers)], backend) if len(layers) else g[:0]
             if sources is not None:
                 moved = moved + sources[j :: self.stride]
             g = moved if len(layers) == len(self) else backend.concat([moved, g[len(layers) :]])
             yield g
 
 
-def products(residual: LinearOperator, length: int, size: int, backend: Backend | str | None) -> LinearOperator:
-    """The composed maps of each run of ``size`` layers and of the shorter rest."""
-    full = length - length % size
-    product = reduce(_then, (residual[j:full:size] for j in range(size)))
-    if full == length:
-        return product
-    rest = reduce(_then, (residual[i : i + 1] for i in range(full, length)))
-    owner = None
-    if residual.arrays:
-        owner = load(backend_of(*residual.arrays)).backend if backend is None else resolve(backend, *residual.arrays)
-    return concatenate(product, rest, (full // size, 1), owner)
+def products(
+    maps: LinearOperator, length: int, size: int, like: Array, backend: Backend, stride: int | None = None
+) -> LinearOperator:
+    """The composed maps of the stages of ``size`` layers that start at layers 0, stride (None: size), 2 stride, ...
+
+    ``maps`` are those of ``length`` layers on states like ``like``, bound.
+    """
+    stride = size if stride is None else stride
+    count = -(-length // stride)
+    if count * stride - stride + size <= length:  # the last stage is complete
+        return reduce(_then, (maps[j : count * stride : stride] for j in range(size)))
+    maps, last = one_each(maps, length, like, backend), (count - 1) * stride
+    product = reduce(_then, (maps[j:last:stride] for j in range(size)))
+    return concatenate(product, reduce(_then, (maps[i : i + 1] for i in range(last, length))), backend)
 
 
 def _then(first: LinearOperator, second: LinearOperator) -> LinearOperator:
     return second @ first
+
+
+def _check_slice(index: Any) -> None:
+    check_kind("an index", index, slice, "chain[i:j]: a chain is cut by slices")
+    if index.step is not None and check_count("a slice's step", index.step, -sys.maxsize) < 1:
+        raise ValueError(f"a chain is cut in its own order, by slices of a positive step, not of {index.step}")

@@ -52,10 +52,17 @@ class Report:
     sizes: tuple[float, ...]
     exact: bool
 
+    def __post_init__(self) -> None:
+        if not self.increments or len(self.increments) != len(self.sizes):
+            raise ValueError(
+                f"{len(self.increments)} increments and {len(self.sizes)} sizes; give one of each per round"
+            )
+
     @classmethod
-    def of(cls, seen: Sequence[Iterate], length: int) -> Report:
-        """The report on the iterates seen so far, on a chain (of stages) of this length."""
-        return cls(tuple(it.increment for it in seen), tuple(it.size for it in seen), seen[-1].iteration == length)
+    def of(cls, sizes: Sequence[tuple[float, float]], length: int) -> Report:
+        """The report on iterates 0, 1, ... of a chain (of stages) of this length, from both sizes of each."""
+        increments, solutions = zip(*sizes, strict=True)
+        return cls(increments, solutions, len(sizes) == length + 1)
 
     @property
     def finite(self) -> bool:

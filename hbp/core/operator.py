@@ -10,6 +10,7 @@ compose them (design: Boehm et al. 2019, and equation 12 of the highway-backprop
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from numbers import Real
 from typing import Any
 
@@ -42,11 +43,12 @@ class LinearOperator:
 
     def mv(self, v: Array) -> Array:
         """Apply each map to its own entry of ``v``, shape (L, ...), or one map to one state."""
-        raise NotImplementedError
+        raise NotImplementedError(f"a {type(self).__name__} has no mv; a residual operator needs one")
 
     def scaled(self, factor: Any) -> LinearOperator:
         """Each map times a number, or times its own entry of an (L,) array."""
-        raise NotImplementedError
+        first, *others = self.arrays
+        return type(self)(*(first * _lift(factor, first.ndim), *others))
 
     def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
         """This stack, checked against ``length`` states like ``like`` and aligned with them for broadcasting.
@@ -55,58 +57,65 @@ class LinearOperator:
             ValueError: the stack has another length, or its maps do not act on states of this shape.
             TypeError: its dtype is not that of the states (a `Diagonal` may be boolean).
         """
-        checked = [self._checked_stack(array, length, like, backend) for array in self.arrays]
-        return type(self)(*checked) if checked else self
+        arrays = [self._aligned(array, length, like, backend) for array in self.arrays]
+        return type(self)(*arrays) if arrays else self
 
     def check_map(self, like: Array) -> None:
         """Check that this single map acts on states like ``like``; raises as `bind` does."""
         for array in self.arrays:
-            self._check_dtype(array, like)
-            self._check_shape(tuple(array.shape), like)
+            self._check(array, tuple(array.shape), like)
 
     def _target(self, like: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shape that one map's arrays broadcast to, and the axes of it that must be there in full."""
         return (), ()
 
-    def _check_shape(self, own: tuple[int, ...], like: Array) -> None:
+    def _check(self, array: Array, own: tuple[int, ...], like: Array) -> None:
+        """Check the dtype, and the shape of one map."""
+        kind, given, dtype = type(self).__name__, dtype_name(array), dtype_name(like)
+        if given != dtype and not (given == "bool" and isinstance(self, Diagonal)):
+            raise TypeError(f"the residual {kind} is {given} and the states are {dtype}; cast one of them")
         shape, full = self._target(like)
-        pairs = zip(own[::-1], shape[::-1], strict=False)
-        fits = len(own) <= len(shape) and all(a in (1, b) for a, b in pairs)
+        fits = len(own) <= len(shape) and all(a in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False))
         if not fits or any(len(own) < -axis or own[axis] != shape[axis] for axis in full):
             raise ValueError(
-                f"one map of the residual {type(self).__name__} has shape {own}, which does not act on states of "
-                f"shape {tuple(like.shape)}; expected a shape that broadcasts to {shape}"
+                f"one map of the residual {kind} has shape {own}, which does not act on states of shape "
+                f"{tuple(like.shape)}; expected a shape that broadcasts to {shape}"
             )
 
-    def _check_dtype(self, array: Array, like: Array) -> None:
-        allowed = ("bool", dtype_name(like)) if isinstance(self, Diagonal) else (dtype_name(like),)
-        if dtype_name(array) not in allowed:
-            raise TypeError(
-                f"the residual {type(self).__name__} is {dtype_name(array)} and the states are {dtype_name(like)}; "
-                "cast one of them"
-            )
-
-    def _checked_stack(self, array: Array, length: int, like: Array, backend: Backend) -> Array:
+    def _aligned(self, array: Array, length: int, like: Array, backend: Backend) -> Array:
         """``array`` as (length, 1, ..., 1, its own axes), checked."""
-        kind = type(self).__name__
         if array.ndim == 0:
-            raise ValueError(f"the residual {kind} is a 0-d array; give a Python number or one map per layer")
-        if len(array) != length:
-            raise ValueError(
-                f"the residual {kind} has {len(array)} maps and the chain {length} layers; give one map per layer"
-            )
+            raise ValueError(f"the residual {type(self).__name__} is a 0-d array; give a number, or one map per layer")
+        self.check_length(length)
         own = tuple(array.shape[1:])
-        self._check_dtype(array, like)
-        self._check_shape(own, like)
+        self._check(array, own, like)
         if dtype_name(array) == "bool":
-            array = array + backend.zeros_like(like.reshape(-1)[:1].sum())
+            array = array + zero(like, backend)
         return array.reshape((length,) + (1,) * (len(self._target(like)[0]) - len(own)) + own)
+
+    def check_length(self, length: int) -> None:
+        """Check that these are the maps of so many layers (ValueError)."""
+        for wrong in {len(array) if array.ndim else 0 for array in self.arrays} - {length}:
+            found = f"the residual {type(self).__name__} has {wrong} maps and the chain {length} layers"
+            raise ValueError(f"{found}; give one map per layer")
 
     def __getitem__(self, index: Any) -> LinearOperator:
         return type(self)(*(array[index] for array in self.arrays))
 
     def __matmul__(self, other: LinearOperator) -> LinearOperator:
-        return compose(self, other) if isinstance(other, LinearOperator) else NotImplemented
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        try:
+            product = compose(self, other)
+        except (TypeError, ValueError, RuntimeError) as error:  # of the array library
+            shapes = " and ".join(str([tuple(array.shape) for array in one.arrays]) for one in (self, other))
+            raise ValueError(f"cannot compose maps of shapes {shapes}; they must act on the same states") from error
+        if product is None:
+            kinds = f"{type(self).__name__} with {type(other).__name__}"
+            raise TypeError(
+                f"cannot compose {kinds}: give all layers the same kind; a Pair goes with Pairs and numbers"
+            )
+        return product
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,26 +159,16 @@ class Scalar(LinearOperator):
     def __post_init__(self) -> None:
         if isinstance(self.value, Real):
             object.__setattr__(self, "value", float(self.value))  # a NumPy scalar would widen float32 states
-        elif not isinstance(self.value, tuple) and not hasattr(self.value, "shape"):
+            if not isfinite(self.value):
+                raise ValueError(f"Scalar({self.value}) is no residual path; give a finite number")
+        elif not hasattr(self.value, "shape"):
             raise TypeError(f"Scalar takes a number or an (L,) array, not a {type(self.value).__name__}")
-
-    @property
-    def length(self) -> int | None:
-        return len(self.value) if isinstance(self.value, tuple) else super().length
 
     def mv(self, v: Array) -> Array:
         return v * _lift(self.value, v.ndim) if hasattr(self.value, "shape") else v * self.value
 
     def scaled(self, factor: Any) -> LinearOperator:
-        if isinstance(self.value, tuple) or isinstance(factor, tuple):
-            return Scalar(tuple(a * b for a, b in zip(*numbers(self.value, factor), strict=True)))
         return Scalar(self.value * factor)
-
-    def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
-        if not isinstance(self.value, tuple):
-            return super().bind(length, like, backend)
-        zero = backend.zeros_like(like.reshape(-1)[:1].sum())
-        return Scalar(backend.stack([zero + number for number in self.value])).bind(length, like, backend)
 
     def __getitem__(self, index: Any) -> LinearOperator:
         return self if isinstance(self.value, float) else Scalar(self.value[index])
@@ -186,9 +185,6 @@ class Diagonal(LinearOperator):
 
     def mv(self, v: Array) -> Array:
         return self.values * v
-
-    def scaled(self, factor: Any) -> LinearOperator:
-        return Diagonal(self.values * _lift(factor, self.values.ndim))
 
     def _target(self, like: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return tuple(like.shape), ()
@@ -209,9 +205,6 @@ class Dense(LinearOperator):
 
     def mv(self, v: Array) -> Array:
         return (self.matrix @ v[..., None])[..., 0]
-
-    def scaled(self, factor: Any) -> LinearOperator:
-        return Dense(self.matrix * _lift(factor, self.matrix.ndim))
 
     def _target(self, like: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (*like.shape, *like.shape[-1:]), (-1, -2)
@@ -236,17 +229,14 @@ class Pair(LinearOperator):
     def mv(self, v: Array) -> Array:
         return self.left * (self.right * v).sum(-2)[..., None, :]
 
-    def scaled(self, factor: Any) -> LinearOperator:
-        return Pair(self.left * _lift(factor, self.left.ndim), self.right)
-
     def _target(self, like: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if like.ndim < 2 or like.shape[-2] != 2:
             raise ValueError(f"a Pair acts on states of shape (..., 2, H), these have shape {tuple(like.shape)}")
         return tuple(like.shape), (-2,)
 
 
-def compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
-    """The maps ``v -> a(b(v))``: all of the algebra, kind by kind."""
+def compose(a: LinearOperator, b: LinearOperator) -> LinearOperator | None:
+    """The maps ``v -> a(b(v))``: all of the algebra, kind by kind; None for kinds that do not compose."""
     match a, b:
         case (Zero(), _) | (_, Zero()):
             return Zero()
@@ -264,18 +254,14 @@ def compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
             return Dense(p @ q)
         case Pair(left, p), Pair(q, right):
             return Pair(left * (p * q).sum(-2)[..., None, :], right)
-    raise TypeError(
-        f"cannot compose {type(a).__name__} with {type(b).__name__}: a Pair composes with Pair, Scalar, Identity "
-        "and Zero only; give every layer the same kind of residual map"
-    )
+    return None
+
+
+def zero(like: Array, backend: Backend) -> Array:
+    """A 0-d zero with the dtype and device of the states ``like``."""
+    return backend.zeros_like(like.reshape(-1)[:1].sum())
 
 
 def _lift(factor: Any, ndim: int) -> Any:
     """An (L,) array as (L, 1, ..., 1) with ``ndim`` axes; a number as it is."""
     return factor.reshape(tuple(factor.shape) + (1,) * (ndim - factor.ndim)) if hasattr(factor, "shape") else factor
-
-
-def numbers(*values: Any) -> list[tuple[float, ...]]:
-    """Numbers and tuples of numbers as tuples of one common length."""
-    length = max(len(value) for value in values if isinstance(value, tuple))
-    return [value if isinstance(value, tuple) else (value,) * length for value in values]

@@ -1,42 +1,46 @@
-"""Blocks and their pullbacks: all that a chain knows of its expensive part."""
+"""The pullbacks of maps in a chain: what a chain knows of its expensive part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Self
 
 from hbp.core.backend import Array, Backend, Pullback, check_shape, dtype_name
 from hbp.core.registry import backend_of
 
-Block: TypeAlias = Callable[[Array], tuple[Array, Pullback]]
-"""A differentiable function: x -> (y, pullback)."""
 
+class Pullbacks:
+    """The pullbacks of L maps, applied all at once or one by one; subclasses give the first three."""
 
-class Pullbacks(Protocol):
-    """The pullbacks of L blocks, applied all at once or one by one."""
-
-    traceable: bool
+    traceable = False
     """Whether `at` accepts an index known only at run time, as inside a compiled loop."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    def __getitem__(self, index: slice) -> Pullbacks: ...
+    def __getitem__(self, index: slice) -> Pullbacks:
+        raise NotImplementedError
 
     def __call__(self, cotangents: Array, backend: Backend) -> Array:
-        """Pull cotangents of the L block outputs, shape (L, ...), back to the L block inputs."""
+        """Pull cotangents of the L outputs, shape (L, ...), back to the L inputs."""
+        raise NotImplementedError
 
     def at(self, i: Any, cotangent: Array, backend: Backend) -> Array:
-        """Pull one cotangent back through block i."""
+        """Pull one cotangent back through map i."""
+        return self[i : i + 1](cotangent[None], backend)[0]
+
+    def bind(self, like: Array, backend: Backend) -> Self:
+        """These pullbacks, checked against states like ``like`` (`LinearOperator.bind`)."""
+        return self
 
 
 @dataclass(frozen=True, eq=False)
-class PullbackList:
+class PullbackList(Pullbacks):
     """Pullbacks given as one callable per block; ``numbers`` are the blocks' own, for messages."""
 
     pullbacks: Sequence[Pullback]
     numbers: Sequence[int]
-    traceable = False
 
     def __len__(self) -> int:
         return len(self.pullbacks)
@@ -45,14 +49,10 @@ class PullbackList:
         return PullbackList(self.pullbacks[index], self.numbers[index])
 
     def __call__(self, cotangents: Array, backend: Backend) -> Array:
-        pulled = backend.map(self.pullbacks, [cotangents[i] for i in range(len(self))])
-        return backend.stack([self._checked(i, new, cotangents[i]) for i, new in enumerate(pulled)])
-
-    def at(self, i: Any, cotangent: Array, backend: Backend) -> Array:
-        return self._checked(i, self.pullbacks[i](cotangent), cotangent)
-
-    def _checked(self, i: int, pulled: Array, cotangent: Array) -> Array:
-        return check_same(f"what the pullback of block {self.numbers[i]} returned", pulled, cotangent)
+        own = backend.concat([cotangents])  # a pullback may write into what it is given
+        pulled = backend.map(self.pullbacks, [own[i] for i in range(len(self))])
+        rows = zip(self.numbers, pulled, cotangents, strict=True)
+        return backend.stack([check_same(f"what the pullback of block {i} returned", *row) for i, *row in rows])
 
 
 def check_same(what: str, new: Array, old: Array) -> Array:

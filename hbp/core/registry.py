@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -28,27 +27,6 @@ LIBRARIES = {
 _INHERIT = object()
 _pinned: str | None = None
 _scoped: ContextVar[Any] = ContextVar("hbp_backend", default=_INHERIT)
-
-
-@dataclass(frozen=True)
-class Availability:
-    """What `available` says of one backend; true where it is usable.
-
-    Attributes:
-        version: the library's version, or None where it is missing.
-        device: the device new arrays would live on, or None where the backend is unusable.
-        reason: why it is unusable, or None.
-    """
-
-    version: str | None
-    device: str | None
-    reason: str | None
-
-    def __bool__(self) -> bool:
-        return self.reason is None
-
-    def __str__(self) -> str:
-        return f"{self.version}, {self.device}" if self else f"unusable: {self.reason}"
 
 
 def use(name: str | None) -> ModuleType | None:
@@ -105,13 +83,14 @@ def backend_of(*arrays: Array) -> str:
 
 
 def _owner(array: Array) -> str:
+    kind = type(array).__name__
+    if kind in ("matrix", "MaskedArray"):
+        raise TypeError(f"a {kind} has an arithmetic of its own; give a plain array, as numpy.asarray(x)")
     for name, (module, types) in LIBRARIES.items():
         loaded = sys.modules.get(module)
         if any(isinstance(array, getattr(loaded, kind, ())) for kind in types):
             return name
-    raise TypeError(
-        f"a {type(array).__name__} is not an array of {', '.join(LIBRARIES)}; nothing is converted, give arrays"
-    )
+    raise TypeError(f"a {kind} is not an array of {', '.join(LIBRARIES)}; nothing is converted, give arrays")
 
 
 def resolve(backend: Backend | str | None, *arrays: Array) -> Backend:
@@ -128,10 +107,10 @@ def resolve(backend: Backend | str | None, *arrays: Array) -> Backend:
     chosen = load(backend).backend if isinstance(backend, str) else backend
     if not hasattr(chosen, "propagate") or not isinstance(getattr(chosen, "name", None), str):
         raise TypeError(f"backend is a {type(chosen).__name__}; give one of the names {', '.join(LIBRARIES)}")
-    if chosen.name != owner:
+    name = chosen.name
+    if name != owner:
         raise TypeError(
-            f"the backend is {chosen.name!r} and the arrays belong to {owner}; "
-            f"give {chosen.name} arrays or choose {owner!r}"
+            f"the backend is {name!r} and the arrays belong to {owner}; give {name} arrays or choose {owner!r}"
         )
     return chosen
 
@@ -154,33 +133,8 @@ def load(name: str) -> ModuleType:
         raise RuntimeError(f"backend {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def available() -> dict[str, Availability]:
-    """Each backend's version and device, or why it is unusable. Imports every installed library.
-
-    >>> available()["numpy"].device
-    'cpu'
-    """
-    return {name: availability(name) for name in LIBRARIES}
-
-
-def availability(name: str) -> Availability:
-    """One backend's version and device, or why it is unusable. Imports its library, if installed."""
-    library = LIBRARIES[name][0]
-    try:
-        device = load(name).backend.device()
-    except (ImportError, RuntimeError) as error:
-        return Availability(_version(library), None, str(error))
-    return Availability(_version(library), device, None)
-
-
-def _version(library: str) -> str | None:
-    return getattr(sys.modules.get(library), "__version__", None)
-
-
 def _is_installed(library: str) -> bool:
-    if library in sys.modules:
-        return sys.modules[library] is not None
-    return find_spec(library) is not None
+    return (sys.modules[library] if library in sys.modules else find_spec(library)) is not None
 
 
 def _installed() -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hbp.core.backend import Array, Backend
-from hbp.core.joining import concatenate
-from hbp.core.operator import Diagonal, LinearOperator, Pair, Scalar
+from hbp.core.joining import concatenate, one_each
+from hbp.core.operator import Diagonal, LinearOperator, Pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +54,11 @@ def hillis_steele(operator: LinearOperator, c: Array, backend: Backend) -> Array
     they must be; the composed maps are applied to ``c[L]`` at the end.
     """
     length = len(c) - 1
-    if isinstance(operator, Scalar) and not operator.arrays:
-        operator = Scalar((operator.value,) * length).bind(length, c[-1], backend) if length else operator
-    maps = Affine(operator, c[:-1])
+    maps = Affine(one_each(operator, length, c[-1], backend), c[:-1])
     shift = 1
     while shift < length:
         head, tail = maps[: length - shift] @ maps[shift:], maps[length - shift :]
-        linear = concatenate(head.linear, tail.linear, (length - shift, shift), backend)
+        linear = concatenate(head.linear, tail.linear, backend)
         maps = Affine(linear, backend.concat([head.offset, tail.offset]))
         shift *= 2
     return backend.concat([maps(c[-1:]), c[-1:]])
@@ -92,8 +90,7 @@ def loop(
     for i in reversed(range(len(items))) if reverse else range(len(items)):
         carry = step(carry, items[i])
         carries.append(carry)
-    if reverse:
-        carries.reverse()
+    carries = carries[::-1] if reverse else carries
     if isinstance(carry, tuple):
         return tuple(backend.stack(entries) for entries in zip(*carries, strict=True))
     return backend.stack(carries)

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hbp.core.backend import check_count
+from hbp.core.backend import check_count, check_kind
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Schedule:
     phases: Mapping[int, int | None]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.phases, Mapping):
-            raise TypeError(f"phases is a {type(self.phases).__name__}; give a mapping of steps to iterations")
+        check_kind("phases", self.phases, Mapping, "a mapping of steps to iterations")
         phases = {
             check_count("step", step, 0): None if k is None else check_count("iterations", k, 0)
             for step, k in self.phases.items()

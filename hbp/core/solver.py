@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from numbers import Real
+from typing import Any
 
-from hbp.core.backend import check_count, check_tolerance
+from hbp.core.backend import check_count, check_kind
+from hbp.core.increments import Report
 from hbp.core.schedule import Schedule
-
-if TYPE_CHECKING:
-    from hbp.core.increments import Report
 
 
 @dataclass(frozen=True)
@@ -18,10 +17,10 @@ class Solver:
     """How the adjoint equation is solved; checked when it is made.
 
     Args:
-        iterations: Highway-BP's k; None for exact backprop, a `Schedule` for a value that changes from step to step
+        iterations: Highway-BP's k; None for exact backprop, a `Schedule` for a number that changes from step to step
             (`at`). With a tolerance it is the cap (None: as many as are exact).
         chunk: layers per stage; blocks are then stages, inside which backprop is exact.
-        tolerance: stop when the last increment is below this fraction of the solution.
+        tolerance: stop when the last increment is at most this fraction of the solution, from 0 to 1.
         watch: called with the report on the increments, where there are any.
 
     Raises:
@@ -42,9 +41,13 @@ class Solver:
         if self.iterations is not None and not isinstance(self.iterations, Schedule):
             object.__setattr__(self, "iterations", check_count("iterations", self.iterations, 0))
         object.__setattr__(self, "chunk", check_count("chunk", self.chunk, 1))
-        object.__setattr__(self, "tolerance", check_tolerance(self.tolerance))
-        if self.watch is not None and not callable(self.watch):
-            raise TypeError(f"watch is a {type(self.watch).__name__}; give a function that takes a Report, or None")
+        if self.tolerance is not None:
+            real = isinstance(self.tolerance, Real) and not isinstance(self.tolerance, bool)  # type: ignore[unreachable]
+            if not real or not 0 <= float(self.tolerance) <= 1:
+                cure = "give a non-negative number, at most 1: a fraction of the solution"
+                raise ValueError(f"tolerance={self.tolerance!r}; {cure}")
+            object.__setattr__(self, "tolerance", float(self.tolerance))
+        check_kind("watch", self.watch, Callable | None, "a function that takes a Report, or None")
 
     @classmethod
     def of(cls, solver: Solver | None, **keywords: Any) -> Solver:
@@ -56,10 +59,9 @@ class Solver:
         given = cls(**keywords)
         if solver is None:
             return given
-        if not isinstance(solver, Solver):
-            raise TypeError(f"solver is a {type(solver).__name__}; give an hbp.Solver")
+        check_kind("solver", solver, Solver, "an hbp.Solver")
         if given != cls() or given.watch is not None:
-            raise TypeError(f"both solver={solver} and {', '.join(keywords)} are given; give one or the other")
+            raise TypeError(f"solver={solver} is given beside {given}; give one or the other")
         return solver
 
     @property
@@ -67,17 +69,12 @@ class Solver:
         """Whether this is plain exact backprop, layer after layer."""
         return self.iterations is None and self.tolerance is None
 
-    @property
-    def plain(self) -> bool:
-        """Whether this is a fixed number of rounds on single layers, with nobody watching."""
-        return self.iterations is not None and self.chunk == 1 and self.tolerance is None and self.watch is None
+    def at(self, step: int) -> Solver:
+        """The solver of one training step: a schedule's number in its place."""
+        return replace(self, iterations=self.iterations(step)) if isinstance(self.iterations, Schedule) else self
 
     def fixed(self) -> Solver:
-        """This solver, after checking that it has no schedule (TypeError)."""
+        """This solver, after checking that it holds no schedule (TypeError)."""
         if isinstance(self.iterations, Schedule):
-            raise TypeError("iterations is a Schedule; call it with the training step, or solver.at(step)")
+            raise TypeError("iterations is a Schedule; call it with the training step, or use solver.at(step)")
         return self
-
-    def at(self, step: int) -> Solver:
-        """The solver of one training step: a schedule's value in its place."""
-        return replace(self, iterations=self.iterations(step)) if isinstance(self.iterations, Schedule) else self

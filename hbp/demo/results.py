@@ -15,7 +15,7 @@ import numpy as np
 from rich.table import Table
 
 import hbp
-from hbp.core.registry import Availability
+from hbp.availability import Availability
 from hbp.demo.compare import Run, Settings
 
 mpl.use("Agg")  # a file is written, no window is opened

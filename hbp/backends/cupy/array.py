@@ -24,7 +24,7 @@ class CupyBackend(NumpyLike):
             )
         super().__init__("cupy", xp, parallel=True)
 
-    def kernels(self) -> str:
+    def kernel_state(self) -> str:
         return CUDA_CUPY.state()
 
     def kernel(self, name: str, *arrays: Array) -> Callable[..., Any] | None:

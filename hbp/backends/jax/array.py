@@ -7,12 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from hbp.backends._array import ArrayBackend
+from hbp.backends._array import HALF, ArrayBackend
 from hbp.backends._kernels import CUDA_JAX
-from hbp.core.backend import Array, Pullback
+from hbp.core.backend import Array, Gauge, Pullback, dtype_name
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.core.scan import hillis_steele
+
+UNROLLED = 8
+"""Rounds up to which a compiled iteration is written out; from there on it is a loop, which compiles in one piece."""
 
 
 class JaxBackend(ArrayBackend):
@@ -29,7 +33,7 @@ class JaxBackend(ArrayBackend):
         device = jax.devices()[0]
         return "cpu" if device.platform == "cpu" else f"{device.platform} ({device.device_kind})"
 
-    def kernels(self) -> str:
+    def kernel_state(self) -> str:
         return CUDA_JAX.state() if jax.default_backend() == "gpu" else "XLA"
 
     def kernel(self, name: str, *arrays: Array) -> Callable[..., Any] | None:
@@ -51,12 +55,47 @@ class JaxBackend(ArrayBackend):
             carry = step(carry, row)
             return carry, carry
 
-        return jax.lax.scan(body, carry, jnp.arange(rows) if isinstance(rows, int) else rows, reverse=reverse)[1]
+        return lax.scan(body, carry, jnp.arange(rows) if isinstance(rows, int) else rows, reverse=reverse)[1]
 
-    def norm(self, x: Array) -> float:
-        if isinstance(x, jax.core.Tracer):
-            raise TypeError("the size of an increment is not known while JAX traces; give iterations, no tolerance")
-        return super().norm(x)
+    def repeat(self, step: Callable[[Any], Any], state: Any, most: int, gauge: Gauge | None = None) -> Any:
+        if not isinstance(jax.tree.leaves(state)[0], jax.core.Tracer) or (gauge is None and most <= UNROLLED):
+            return super().repeat(step, state, most, gauge)
+        if gauge is None:  # the first time apart: from then on states keep their types
+            return lax.fori_loop(1, most, lambda _, state: step(state), step(state))
+        first = jnp.stack(gauge.measure(state))
+        sizes = jnp.concatenate([first[None], jnp.full((most, 2), jnp.nan, first.dtype) * first])
+
+        def unsettled(carry: tuple[Array, Any, Array]) -> Array:
+            count, _, sizes = carry
+            return (count < most) & jnp.logical_not(gauge.settled((sizes[count, 0], sizes[count, 1])))
+
+        def body(carry: tuple[Array, Any, Array]) -> tuple[Array, Any, Array]:
+            count, state, sizes = carry
+            state = step(state)
+            return count + 1, state, sizes.at[count + 1].set(jnp.stack(gauge.measure(state)))
+
+        count, state, sizes = lax.while_loop(unsettled, body, (0, state, sizes))
+        self.tell(gauge, sizes, count)
+        return state
+
+    def tell(self, gauge: Gauge, sizes: Array, count: Array) -> None:
+        """Tell the gauge of the sizes of states 0 to ``count``, when the program runs."""
+
+        def arrived(sizes: Array, count: Array) -> None:
+            gauge.told([(float(increment), float(solution)) for increment, solution in sizes[: count + 1]])
+
+        jax.debug.callback(arrived, sizes, count)
+
+    def here(self, g: Array) -> Array:
+        """What of the cotangents of a chain's states is this device's."""
+        return g
+
+    def norm(self, x: Array) -> Any:
+        if not isinstance(x, jax.core.Tracer):
+            return super().norm(x)
+        wide = (self.widened(x) if dtype_name(x) in HALF else x).reshape(-1)
+        largest = jnp.max(jnp.abs(wide), initial=0)
+        return largest * jnp.linalg.norm(wide / jnp.where(largest == 0, 1, largest))
 
 
 @jax.jit
@@ -67,7 +106,7 @@ def _suffix_scan(operator: LinearOperator, c: Array) -> Array:
         g = layer[0].mv(g) + layer[1]
         return g, g
 
-    states = jax.lax.scan(body, c[-1], (operator, c[:-1]), reverse=True)[1]
+    states = lax.scan(body, c[-1], (operator, c[:-1]), reverse=True)[1]
     return jnp.concatenate([states, c[-1:]])
 
 

@@ -12,17 +12,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from hbp.backends.jax.array import JaxBackend
+from hbp.core.adjoint import highway
 from hbp.core.backend import Array, Backend, dtype_name
 from hbp.core.chain import LayerChain, products
 from hbp.core.operator import LinearOperator
+from hbp.core.pullbacks import Pullbacks
+from hbp.core.solver import Solver
 
 Tree: TypeAlias = Any
 Layer: TypeAlias = Callable[[Tree, Tree, Array], Array]
 """``layer(shared, row, state) -> state`` with what all layers share and what each has of its own."""
 Maps: TypeAlias = Callable[[Tree, Tree, Array, Array], LinearOperator]
 """``maps(shared, rows, before, after)`` -> the residual maps of all layers."""
-Solve: TypeAlias = Callable[[LayerChain, Array, Array], Array]
-"""``solve(chain, cotangent, sources)`` -> all of g."""
 Run: TypeAlias = Callable[[Layer, Tree, Tree, Array], tuple[Array, Array]]
 """``run(layer, shared, rows, x)`` -> the first state, and the states after each layer, (L, ...)."""
 
@@ -46,9 +47,9 @@ def highway_states(
     rows: Tree,
     x: Array,
     *,
-    chunk: int,
-    solve: Solve,
+    solver: Solver,
     run: Run = in_turn,
+    backend: JaxBackend = BACKEND,
 ) -> Array:
     """The states after each layer, with Highway-BP for their reverse rule.
 
@@ -57,9 +58,9 @@ def highway_states(
         maps: gives the residual maps of the L layers.
         shared, rows: what all layers share, and what each has of its own, with a leading axis of L.
         x: the first state.
-        chunk: layers per stage.
-        solve: gives the cotangents of the stages' boundaries.
+        solver: how the adjoint equation of the stages is solved.
         run: how the layers are run.
+        backend: whose scan goes along the stages.
     """
     leaves, tree = jax.tree.flatten((shared, rows))
     inexact = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
@@ -80,9 +81,9 @@ def highway_states(
     def backward(saved: Any, dy: Array) -> tuple[list[Array], None, Array]:
         real, fixed, x, start, y = saved
         before, length = jnp.concatenate([start[None], y[:-1]]), len(y)
-        size = min(chunk, length)
+        size = min(solver.chunk, length)
         residual = maps(*joined(real, fixed), before, y).bind(length, start, BACKEND)
-        residual = products(residual, length, size, BACKEND)
+        residual = products(residual, length, size, start, BACKEND)
 
         def stages(real: list[Array], starts: Array) -> Array:
             shared, rows = joined(real, fixed)
@@ -95,7 +96,8 @@ def highway_states(
         if size > 1:
             entering = entering + pull(own.at[:, -1].set(0))[0]
         chain = LayerChain(StagePullbacks(pull, len(starts), size), residual, (tuple(start.shape), dtype_name(start)))
-        g = solve(chain, own[-1, -1], entering)
+        g = highway(chain, own[-1, -1], sources=entering, solver=replace(solver, chunk=1), backend=backend)
+        g = backend.here(g)
         (dreal,) = jax.vjp(lambda real: stages(real, starts), real)[1](own.at[:, -1].set(g[1:]))
         return jax.tree.map(as_varying_as, real, dreal), None, as_varying_as(x, g[0])
 
@@ -105,7 +107,7 @@ def highway_states(
 
 
 @dataclass(frozen=True, eq=False)
-class StagePullbacks:
+class StagePullbacks(Pullbacks):
     """The pullbacks of all stages at once, of cotangents of their ends, as core's `Pullbacks`."""
 
     pull: Callable[[Array], tuple[Array]]

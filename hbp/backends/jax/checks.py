@@ -8,21 +8,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hbp.core.backend import Array, check_count
-from hbp.core.schedule import Schedule
+from hbp.backends.jax.watching import watched
+from hbp.core.backend import Array
+from hbp.core.solver import Solver
 
 
-def check_iterations(iterations: Any) -> int | None:
-    """``iterations``, a Python number or None.
+def static_solver(solver: Solver | None, iterations: Any, chunk: Any, tolerance: Any) -> Solver:
+    """The solver that a transform's keywords ask for: ``solver``, or at least ``iterations``.
 
     Raises:
-        TypeError, ValueError: it is traced, a `Schedule` that was not called, or no non-negative integer.
+        TypeError, ValueError: iterations are not given, traced, a `Schedule` that was not called, or another keyword is
+            not what its name says.
     """
-    if isinstance(iterations, jax.core.Tracer):
-        raise TypeError("iterations is traced; give a Python int, as a static argument of jit, one per compilation")
-    if isinstance(iterations, Schedule):
-        raise TypeError("iterations is a Schedule; call it with the training step, outside of jit: schedule(step)")
-    return None if iterations is None else check_count("iterations", iterations, 0)
+    for name, value in {"iterations": iterations, "chunk": chunk, "tolerance": tolerance}.items():
+        if isinstance(value, jax.core.Tracer):
+            raise TypeError(f"{name} is traced; give a Python number, as a static argument of jit, one per compilation")
+    if iterations is ... and solver is None:
+        raise TypeError("give iterations=k, or None for exact backprop, or solver=")
+    chosen = None if iterations is ... else iterations
+    return watched(Solver.of(solver, iterations=chosen, chunk=chunk, tolerance=tolerance).fixed())
 
 
 def check_stacked(what: str, tree: Any, rows: str = "layers") -> int:

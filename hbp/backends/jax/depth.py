@@ -11,9 +11,8 @@ from jax import lax
 
 from hbp.backends.jax.array import JaxBackend
 from hbp.backends.jax.chains import Layer, Tree, in_turn, varying
-from hbp.core.adjoint import step
 from hbp.core.backend import Array
-from hbp.core.chain import LayerChain, products
+from hbp.core.chain import products
 from hbp.core.operator import LinearOperator
 
 
@@ -72,6 +71,20 @@ class DepthParallel(JaxBackend):
         here = lax.axis_index(self.axis)
         return lax.psum(jnp.where(here == self.devices - 1, states[-1], 0), self.axis)
 
+    def total(self, length: int) -> int:
+        return self.devices * length
+
+    def norm(self, x: Array) -> Array:
+        """The norm over all devices' states; a device's last state is the next one's first."""
+        last = lax.axis_index(self.axis) == self.devices - 1
+        own = super().norm(jnp.concatenate([x[:-1], jnp.where(last, x[-1:], 0)]))
+        largest = lax.pmax(own, self.axis)
+        return largest * jnp.sqrt(lax.psum((own / jnp.where(largest == 0, 1, largest)) ** 2, self.axis))
+
+    def here(self, g: Array) -> Array:
+        """Cotangents of this device's states; the first state's is the first device's alone."""
+        return g.at[0].multiply(lax.axis_index(self.axis) == 0)
+
     def propagate(self, operator: LinearOperator, c: Array) -> Array:
         """The suffix scan over all devices' layers, of which ``operator`` and ``c`` are this device's.
 
@@ -80,17 +93,9 @@ class DepthParallel(JaxBackend):
         own = super().propagate(operator, c)
         if len(c) == 1:
             return own
-        product = products(operator.T, len(c) - 1, len(c) - 1, self).T
+        product = products(operator.T, len(c) - 1, len(c) - 1, c[0], self).T
         starts, maps = jax.tree.map(lambda leaf: lax.all_gather(leaf, self.axis), (own[0], product))
         here, entering = lax.axis_index(self.axis), jnp.zeros_like(own[0])
         for device in range(self.devices - 1, 0, -1):
             entering = jnp.where(device > here, starts[device] + maps[device][0].mv(entering), entering)
         return own + super().propagate(operator, jnp.concatenate([jnp.zeros_like(c[:-1]), entering[None]]))
-
-    def solve(self, k: int, chain: LayerChain, cotangent: Array, sources: Array) -> Array:
-        """Highway-BP over all devices' layers; the first state's cotangent is the first device's alone."""
-        c = jnp.concatenate([sources, cotangent[None]])
-        g = self.propagate(chain.residual.T, c)
-        for _ in range(min(k, self.devices * len(chain))):
-            g = step(chain, g, c, self)
-        return g.at[0].multiply(lax.axis_index(self.axis) == 0)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from hbp import cells
 from hbp.backends.jax.chains import BACKEND, Tree, as_varying_as, highway_states, in_turn, of_each, varying
-from hbp.backends.jax.checks import check_iterations, check_stacked, check_state, closed
-from hbp.backends.jax.watching import solver, watched
+from hbp.backends.jax.checks import check_stacked, check_state, closed, static_solver
 from hbp.cells._common import check_cell
-from hbp.core.backend import Array, check_count
+from hbp.core.backend import Array
 from hbp.core.operator import Diagonal
+from hbp.core.solver import Solver
 
 
 def scan(
@@ -23,8 +23,10 @@ def scan(
     h0: Array,
     xs: Tree,
     *,
-    iterations: int | None,
+    iterations: int | None = ...,  # type: ignore[assignment]
     chunk: int = 1,
+    tolerance: float | None = None,
+    solver: Solver | None = None,
     reverse: bool = False,
 ) -> tuple[Array, Array]:
     """Run ``h = gate * h + update`` with ``gate, update = cell(params, h, xs[t])``; pull back by Highway-BP.
@@ -39,6 +41,8 @@ def scan(
         xs: a pytree of arrays with the steps on axis 0.
         iterations: Highway-BP's k, a Python int; None is the plain program.
         chunk: steps per stage, inside which backprop is exact.
+        tolerance: stop when the last increment is at most this fraction of the gradient; ``iterations`` is the cap.
+        solver: these three in one `hbp.Solver`, instead.
         reverse: from the last step to the first, as in `jax.lax.scan`.
 
     Returns:
@@ -49,7 +53,7 @@ def scan(
     >>> h.shape, bool((last == h[-1]).all())
     ((5, 3), True)
     """
-    k, chunk = check_iterations(iterations), check_count("chunk", chunk, 1)
+    how = static_solver(solver, iterations, chunk, tolerance)
     h0, length = jnp.asarray(h0), check_stacked("xs", xs, "steps")
     check_state("h0", h0)
     if not length:
@@ -68,15 +72,22 @@ def scan(
     def maps(both: tuple[Tree, list[Array]], row: Tree, h: Array, _: Array) -> Diagonal:
         return Diagonal(own(both[0], h, row, both[1])[0])
 
-    if k is None:
+    if how.exact:
         h = in_turn(layer, (params, captured), xs, h0)[1]
     else:
-        h = highway_states(layer, of_each(maps), (params, captured), xs, h0, chunk=chunk, solve=solver(k))
+        h = highway_states(layer, of_each(maps), (params, captured), xs, h0, solver=how)
     return h[-1], jnp.flip(h, 0) if reverse else h
 
 
 def gru(
-    params: cells.GRUParameters, xs: Array, h0: Array, *, iterations: int | None, chunk: int = 1
+    params: cells.GRUParameters,
+    xs: Array,
+    h0: Array,
+    *,
+    iterations: int | None = ...,  # type: ignore[assignment]
+    chunk: int = 1,
+    tolerance: float | None = None,
+    solver: Solver | None = None,
 ) -> tuple[Array, Array]:
     """A GRU over (T, B, I) from (B, H), in PyTorch's parameter layout: ``(h_T, h)``, pulled back by Highway-BP.
 
@@ -87,39 +98,44 @@ def gru(
     >>> jax.grad(loss)(params).weight_hh.shape
     (9, 3)
     """
-    k, chunk = check_iterations(iterations), check_count("chunk", chunk, 1)
-    backend, watch = watched()
+    how = static_solver(solver, iterations, chunk, tolerance)
     check_cell(3, params, xs, {"h0": h0}, BACKEND)
     h0 = varying(h0, params, xs)
-    if k is None:
+    if how.exact:
         h = _gru_states(params, xs, h0)
         return h[-1], h
 
     def pull(given: Any, h: Array, dh: Array) -> Any:
         params, xs, h0 = given
-        return cells.GRUPullback(params, xs, h0, h, backend)(dh, k, chunk, watch=watch)
+        return cells.GRUPullback(params, xs, h0, h, BACKEND)(dh, solver=how)
 
     h = _with_adjoint(_gru_states, pull)(params, xs, h0)
     return h[-1], h
 
 
 def lstm(
-    params: cells.LSTMParameters, xs: Array, h0: tuple[Array, Array], *, iterations: int | None, chunk: int = 1
+    params: cells.LSTMParameters,
+    xs: Array,
+    h0: tuple[Array, Array],
+    *,
+    iterations: int | None = ...,  # type: ignore[assignment]
+    chunk: int = 1,
+    tolerance: float | None = None,
+    solver: Solver | None = None,
 ) -> tuple[tuple[Array, Array], Array]:
     """An LSTM over (T, B, I) from ``(h0, c0)``: ``((h_T, c_T), h)``. Otherwise as `gru`."""
-    k, chunk = check_iterations(iterations), check_count("chunk", chunk, 1)
-    backend, watch = watched()
+    how = static_solver(solver, iterations, chunk, tolerance)
     if not isinstance(h0, tuple | list) or len(h0) != 2:
         raise TypeError(f"the initial state of an LSTM is a pair (h0, c0), not a {type(h0).__name__}")
     check_cell(4, params, xs, {"h0": h0[0], "c0": h0[1]}, BACKEND)
     h0 = (varying(h0[0], params, xs, h0[1]), varying(h0[1], params, xs, h0[0]))
-    if k is None:
+    if how.exact:
         h, c = _lstm_states(params, xs, h0)
         return (h[-1], c[-1]), h
 
     def pull(given: Any, states: Any, d: Any) -> Any:
         params, xs, h0 = given
-        return cells.LSTMPullback(params, xs, h0, states, backend)(d, k, chunk, watch=watch)
+        return cells.LSTMPullback(params, xs, h0, states, BACKEND)(d, solver=how)
 
     h, c = _with_adjoint(_lstm_states, pull)(params, xs, tuple(h0))
     return (h[-1], c[-1]), h
@@ -142,7 +158,7 @@ def _with_adjoint(run: Callable[..., Any], pull: Callable[[Any, Any, Any], Any])
 
 
 # The cells' forward passes as one would write them in JAX: they differentiate 10 to 25 % faster than the
-# backend-neutral ones (benchmarks/jax_steps.py), whose slices leave paddings in the reverse.
+# backend-neutral ones (measured on two cores), whose slices leave paddings in the reverse.
 
 
 def _gru_states(params: cells.GRUParameters, xs: Array, h0: Array) -> Array:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from hbp.backends.jax.chains import Tree, highway_states, in_turn, of_each, varying
-from hbp.backends.jax.checks import check_iterations, check_like, check_stacked, check_state, closed
+from hbp.backends.jax.checks import check_like, check_stacked, check_state, closed, static_solver
 from hbp.backends.jax.depth import DepthParallel
-from hbp.backends.jax.watching import solver
-from hbp.core.backend import Array, check_count
+from hbp.core.backend import Array
 from hbp.core.operator import Identity, LinearOperator, Scalar, Zero
+from hbp.core.solver import Solver
 
 IDENTITY = Identity()
 
@@ -25,9 +25,11 @@ def sequential(
     params: Tree,
     x: Tree,
     *shared: Tree,
-    iterations: int | None,
+    iterations: int | None = ...,  # type: ignore[assignment]
     residual: LinearOperator | Callable[[Tree, Array], LinearOperator] = IDENTITY,
     chunk: int = 1,
+    tolerance: float | None = None,
+    solver: Solver | None = None,
     axis_name: Any = None,
 ) -> Tree:
     """Run ``x = layer(params[i], x, *shared)`` for all i; under `jax.grad` pull back by Highway-BP.
@@ -44,6 +46,8 @@ def sequential(
         residual: the layers' residual maps, an operator or a function ``(params[i], x[i]) -> one map``. States that
             are pytrees take `Identity`, `Scalar` and `Zero`. It counts as constant.
         chunk: layers per stage, inside which backprop is exact.
+        tolerance: stop when the last increment is at most this fraction of the gradient; ``iterations`` is the cap.
+        solver: these three in one `hbp.Solver`, instead.
         axis_name: inside `jax.shard_map`, the mesh axis over which ``params`` are split; each device keeps its own
             layers and their states. Take gradients outside of the `shard_map`; inside, only with its ``check_vma``.
 
@@ -60,7 +64,7 @@ def sequential(
     (8, 3, 3)
     """
     x = jax.tree.map(jnp.asarray, x)
-    k, chunk = check_iterations(iterations), check_count("chunk", chunk, 1)
+    how = static_solver(solver, iterations, chunk, tolerance)
     length = check_stacked("params", params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(x):
         check_state(f"x{jax.tree_util.keystr(path)}", leaf)
@@ -78,9 +82,9 @@ def sequential(
         return found if single else ravel_pytree(found)[0]
 
     flat = varying(flat, params, shared, () if axis_name is None else jax.lax.axis_index(axis_name))
-    depth = None if axis_name is None else DepthParallel(axis_name, plain=k is None)
+    depth = None if axis_name is None else DepthParallel(axis_name, plain=how.exact)
     run = in_turn if depth is None else depth.run
-    if k is None:
+    if how.exact:
         states = run(on_arrays, shared, params, flat)[1]
         return unravel(states[-1] if depth is None else depth.last(states))
     own, captured = closed(on_arrays, shared, first, flat)
@@ -99,10 +103,9 @@ def sequential(
     given = (*given, jax.tree.map(jax.lax.stop_gradient, held))
 
     if depth is None:
-        return unravel(highway_states(pure, maps, given, params, flat, chunk=chunk, solve=solver(k))[-1])
-    depth.check(length, chunk)
-    solve = partial(depth.solve, k)
-    return unravel(depth.last(highway_states(pure, maps, given, params, flat, chunk=chunk, solve=solve, run=run)))
+        return unravel(highway_states(pure, maps, given, params, flat, solver=how)[-1])
+    depth.check(length, how.chunk)
+    return unravel(depth.last(highway_states(pure, maps, given, params, flat, solver=how, run=run, backend=depth)))
 
 
 def _checked_map(residual: Callable[[Tree, Array], LinearOperator], row: Tree, state: Array) -> LinearOperator:

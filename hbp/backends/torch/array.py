@@ -33,7 +33,7 @@ class TorchBackend(ArrayBackend):
     def device(self) -> str:
         return f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
 
-    def kernels(self) -> str:
+    def kernel_state(self) -> str:
         return f"{CPU.state()}; cuda: {CUDA_TORCH.state()}" if torch.cuda.is_available() else CPU.state()
 
     def concat(self, arrays: Sequence[Array], axis: int = 0) -> Array:

@@ -16,6 +16,7 @@ from hbp.core.adjoint import highway
 from hbp.core.backend import Backend
 from hbp.core.chain import LinearizedChain
 from hbp.core.operator import Diagonal
+from hbp.core.pullbacks import Pullbacks
 from hbp.core.solver import Solver
 
 BACKEND = TorchBackend()
@@ -113,7 +114,7 @@ def _check_alike(again: Tensor, h: Tensor, precision: torch.dtype) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class CellBlocks:
+class CellBlocks(Pullbacks):
     """The blocks of a gated cell's steps, by one graph through all of them, built when it is first needed."""
 
     cell: Cell
@@ -121,7 +122,6 @@ class CellBlocks:
     """The states before the steps, (T, B, H)."""
     x: Tensor
     cut: dict[tuple[Any, ...], CellBlocks] = field(default_factory=dict)
-    traceable = False
 
     def __len__(self) -> int:
         return len(self.h)
@@ -152,9 +152,6 @@ class CellBlocks:
 
     def __call__(self, cotangents: Tensor, backend: Backend) -> Tensor:
         return self.pull(cotangents, (self.graph[0],))[0]
-
-    def at(self, i: Any, cotangent: Tensor, backend: Backend) -> Tensor:
-        return self[i : i + 1](cotangent[None], backend)[0]
 
 
 class _GatedScan(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hbp.backends.torch.autograd import SWAPPING
 from hbp.core.backend import Backend
 from hbp.core.operator import LinearOperator
+from hbp.core.pullbacks import Pullbacks
 
 # Median times on two cores, float32, of the backward of L residual MLPs of width d at batch B, k = 3: stacked over
 # loop 0.13 at (L, d, B) = (64, 32, 4), 0.3 at (64, 64, 32), 0.8 at (32, 256, 64) and (64, 128, 256), then 1.3 at
@@ -56,7 +57,7 @@ def version(parameters: dict[str, Tensor]) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerGraphs:
+class LayerGraphs(Pullbacks):
     """The pullbacks of whole layers, each through its own graph, as core's `Pullbacks`."""
 
     starts: Sequence[Tensor]
@@ -87,7 +88,7 @@ class LayerGraphs:
 
 
 @dataclass(frozen=True, eq=False)
-class StackedGraph:
+class StackedGraph(Pullbacks):
     """The pullbacks of equal layers in one graph over their stacked parameters and states (`torch.vmap`).
 
     The layers run once more, all at once.

@@ -42,10 +42,10 @@ from hbp.backends.torch.stack.graphs import (
 from hbp.core.adjoint import highway
 from hbp.core.backend import dtype_name
 from hbp.core.chain import LayerChain
-from hbp.core.joining import stack as stacked
 from hbp.core.operator import Identity, LinearOperator
 from hbp.core.pullbacks import check_same
 from hbp.core.solver import Solver
+from hbp.linearization import stack_maps
 
 BACKEND = TorchBackend()
 IDENTITY = Identity()
@@ -181,7 +181,7 @@ class Stack(Scheduled):
             raise ValueError(f"damping has {len(gammas)} entries and the stack {len(ids)} layers")
         if damped and self.damping:
             maps = [one.scaled(1 - gammas[i]) for one, i in zip(maps, places, strict=True)]
-        return stacked(maps, x, BACKEND).bind(len(layers), x, BACKEND)
+        return stack_maps(maps, x, BACKEND).bind(len(layers), x, BACKEND)
 
 
 @dataclass(eq=False)

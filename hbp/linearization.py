@@ -1,16 +1,21 @@
-"""Forward passes that linearise: from blocks or whole layers and an input to the output and its chain."""
+"""From layers to chains: forward passes that linearise, and the residual maps of their layers in one stack."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
-from hbp.core.backend import Array, Backend, Pullback, check_floating, dtype_name
+from hbp.core.backend import Array, Backend, Pullback, check_floating, check_kind, dtype_name
 from hbp.core.chain import IDENTITY, LayerChain, LinearizedChain
-from hbp.core.joining import stack
-from hbp.core.operator import LinearOperator
-from hbp.core.pullbacks import Block, check_same
+from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero, zero
+from hbp.core.pullbacks import check_same
 from hbp.core.registry import resolve
+
+Block: TypeAlias = Callable[[Array], tuple[Array, Pullback]]
+"""A differentiable function: x -> (y, pullback)."""
+
+WIDER = (Zero, Identity, Scalar, Diagonal, Dense, Pair)
+"""The kinds, each after those that it can stand for; a `Pair` stands for itself alone."""
 
 
 def linearize(
@@ -77,8 +82,7 @@ def linearize_layers(
 
 
 def _entered(kind: str, functions: Any, x: Array, backend: Backend | str | None) -> Backend:
-    if not isinstance(functions, Sequence):
-        raise TypeError(f"{kind} is a {type(functions).__name__}; give a list of functions x -> (y, pullback)")
+    check_kind(kind, functions, Sequence, "a list of functions x -> (y, pullback)")
     resolved = resolve(backend, x)
     check_floating(x=x)
     return resolved
@@ -89,29 +93,22 @@ class _ResidualMaps:
 
     def __init__(self, residual: Any, length: int, x: Array, backend: Backend) -> None:
         if not isinstance(residual, LinearOperator) and (not callable(residual) or isinstance(residual, type)):
-            raise TypeError(
-                f"residual is a {type(residual).__name__}; give an operator or a function returning one map"
-            )
-        self._length, self._x, self._backend = length, x, backend
-        self._given = residual.bind(length, x, backend) if isinstance(residual, LinearOperator) else None
+            raise TypeError(f"residual is a {type(residual).__name__}; give an operator or a function returning one")
+        self._like, self._backend = x, backend
         self._function: Any = residual
         self._maps: list[LinearOperator] = []
+        self._given = residual.bind(length, x, backend) if isinstance(residual, LinearOperator) else None
 
     def __call__(self, i: int, *states: Array) -> LinearOperator:
         if self._given is not None:
             return self._given[i]
-        self._maps.append(self._function(i, *states))
-        if not isinstance(self._maps[-1], LinearOperator):
-            raise TypeError(
-                f"the residual function returned a {type(self._maps[-1]).__name__} for layer {i}; "
-                "return one map: Identity(), Scalar(...), Diagonal(...), Dense(...) or Zero()"
-            )
+        self._maps.append(_check_map(i, self._function(i, *states), self._like))
         return self._maps[-1]
 
     def stacked(self) -> LinearOperator:
         if self._given is not None:
             return self._given
-        return stack(self._maps, self._x, self._backend).bind(self._length, self._x, self._backend)
+        return stack_maps(self._maps, self._like, self._backend).bind(len(self._maps), self._like, self._backend)
 
 
 def _state(x: Array) -> tuple[tuple[int, ...], str]:
@@ -119,10 +116,51 @@ def _state(x: Array) -> tuple[tuple[int, ...], str]:
 
 
 def _run(kind: str, i: int, fn: Block, x: Array) -> tuple[Array, Pullback]:
-    if not callable(fn):
-        raise TypeError(f"{kind} {i} is a {type(fn).__name__}; give a function x -> (y, pullback)")
+    check_kind(f"{kind} {i}", fn, Callable, "a function x -> (y, pullback)")
     result = fn(x)
     if not isinstance(result, tuple) or len(result) != 2 or not callable(result[1]):
         raise TypeError(f"{kind} {i} must return (y, pullback), with a callable pullback")
     check_same(f"the output of {kind} {i}", result[0], x)
     return result
+
+
+def _check_map(i: int, entry: Any, like: Array) -> LinearOperator:
+    """``entry``, after checking that it is a single map on states like ``like``, layer i's."""
+    if not isinstance(entry, LinearOperator):
+        found = f"the residual function returned a {type(entry).__name__} for layer {i}"
+        raise TypeError(f"{found}; return one map: Identity(), Scalar(...), Diagonal(...), Dense(...) or Zero()")
+    try:
+        entry.check_map(like)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {i}: {error}") from None
+    return entry
+
+
+def stack_maps(maps: Sequence[LinearOperator], like: Array, backend: Backend) -> LinearOperator:
+    """Stack single maps on states like ``like``; mixed kinds are promoted to the widest among them.
+
+    Raises:
+        TypeError: an entry is no operator, or a `Pair` stands beside another kind.
+    """
+    for i, entry in enumerate(maps):
+        _check_map(i, entry, like)
+    kinds, arrays = {type(entry) for entry in maps}, [entry.arrays for entry in maps]
+    if not kinds or kinds in ({Identity}, {Zero}):
+        return maps[0] if maps else Identity()
+    if Pair in kinds and len(kinds) > 1:
+        names = sorted(kind.__name__ for kind in kinds)
+        raise TypeError(f"one chain mixes the residual kinds {names}; a Pair goes with Pairs only")
+    alike = len(kinds) == 1 and len({tuple(tuple(array.shape) for array in own) for own in arrays}) == 1
+    kind: Any = max({Scalar, *kinds}, key=WIDER.index)
+    zeros = backend.zeros_like(like)
+    one = zero(like, backend) + 1 if kind is Scalar else zeros + 1
+    if kind is Dense and not alike:
+        row = zeros if zeros.ndim == 1 else zeros.sum(tuple(range(zeros.ndim - 1)))
+        eye = backend.xp.diag(row + 1)
+        arrays = [(m.matrix + zeros[..., None] if isinstance(m, Dense) else m.mv(one)[..., None] * eye,) for m in maps]
+    elif kind is Pair:
+        arrays = arrays if alike else [tuple(array + zeros for array in own) for own in arrays]
+    elif not alike or kind is Scalar:
+        arrays = [(entry.mv(one),) for entry in maps]
+    found: LinearOperator = kind(*(backend.stack(rows) for rows in zip(*arrays, strict=True)))
+    return found
