@@ -682,3 +682,49 @@ def test_pullbacks_given_all_at_once(kind, library, rng):
     for k, chunk in ((1, 1), (1, 2), (0, 3)):
         g = hbp.highway(chain, cotangent, k, sources=sources, chunk=chunk)
         close(library.numpy(g), problem.expected(k, problem.sources, chunk))
+
+
+@pytest.mark.parametrize("kind", ["identity", "number", "diagonal-shared"])
+@pytest.mark.parametrize(
+    "options", [{}, {"iterations": 1}, {"iterations": 2, "chunk": 2}, {"tolerance": 1e-3}], ids=str
+)
+def test_a_pullback_may_write_into_what_it_is_given(kind, options, rng):
+    problem = Problem(kind, rng, 5)
+    cotangent = problem.cotangent.copy()
+    shape = cotangent.shape
+    clean = [lambda g, M=M: (M.T @ g.reshape(-1)).reshape(shape) for M in problem.B]
+    dirty = [lambda g, M=M: np.copyto(g, (M.T @ g.reshape(-1)).reshape(shape)) or g for M in problem.B]
+    expected = hbp.highway(LinearizedChain(clean, problem.residual), cotangent, **options)
+    np.testing.assert_array_equal(hbp.highway(LinearizedChain(dirty, problem.residual), cotangent, **options), expected)
+    np.testing.assert_array_equal(cotangent, problem.cotangent)
+    for of in (hbp.iterates, lambda *given: [hbp.report(*given)]):
+        list(of(LinearizedChain(dirty, problem.residual), cotangent))
+        np.testing.assert_array_equal(cotangent, problem.cotangent)
+
+
+def test_one_pullback_for_all_layers_that_writes_in_place():
+    chain = LinearizedChain([lambda g: np.multiply(g, 0.5, out=g)] * 2)
+    assert hbp.backprop(chain, np.ones(1)).ravel().tolist() == [2.25, 1.5, 1]
+
+
+@pytest.mark.parametrize("kind", ["number", "diagonal", "dense"])
+@pytest.mark.parametrize(
+    ("cut", "stages"), [(slice(1, 3), (1, 2)), (slice(0, None, 2), (0, 2)), (slice(2, None), (2,))]
+)
+def test_slices_of_a_coarse_chain_are_chains_of_its_stages(kind, cut, stages, rng):
+    problem = Problem(kind, rng, 5)
+    coarse, J = problem.chain().coarsen(2), problem.R + problem.B
+    bounds = [0, 2, 4, 5]
+    R = [
+        np.linalg.multi_dot([np.eye(len(J[0])), *problem.R[bounds[s] : bounds[s + 1]][::-1], np.eye(len(J[0]))])
+        for s in stages
+    ]
+    whole = [
+        np.linalg.multi_dot([np.eye(len(J[0])), *J[bounds[s] : bounds[s + 1]][::-1], np.eye(len(J[0]))]) for s in stages
+    ]
+    c = np.zeros((len(stages) + 1, problem.cotangent.size))
+    c[-1] = problem.cotangent.reshape(-1)
+    assert len(coarse[cut]) == len(stages)
+    for k in range(len(stages) + 1):
+        expected = chunked_path_sum(np.stack(R), np.stack(whole) - np.stack(R), c, k, 1)
+        close(hbp.highway(coarse[cut], problem.cotangent, k).reshape(expected.shape), expected)

@@ -382,3 +382,50 @@ def test_layers_come_as_a_list(functions):
     refused([lambda: hbp.linearize([3], X)], TypeError, "block 0 is a int; give a function")
     refused([lambda: hbp.linearize([half], X, hbp.Zero)], TypeError, "residual is a type; give an operator")
     refused([lambda: LinearizedChain([np.negative])[0]], TypeError, "cut by slices")
+
+
+def test_chains_are_cut_in_their_own_order():
+    for chain in (CHAIN, CHAIN.coarsen(2), CHAIN.coarsen(2).coarsen(2)):
+        refused([lambda c=chain: c[::-1], lambda c=chain: c[3:1:-1]], ValueError, "positive step, not of -1")
+        refused([lambda c=chain: c[::0]], ValueError, "positive step, not of 0")
+
+
+def test_arrays_with_an_arithmetic_of_their_own():
+    with pytest.warns(PendingDeprecationWarning):
+        matrix = np.matrix(np.ones((1, 3)))
+    for array in (matrix, np.ma.masked_array(np.ones((1, 3)))):
+        message = f"a {type(array).__name__} has an arithmetic of its own; give a plain array"
+        refused(solvers(cotangent=array), TypeError, message)
+        refused([lambda a=array: hbp.highway(CHAIN, X, 1, sources=a)], TypeError, message)
+        refused([lambda a=array: hbp.highway(LinearizedChain([half], hbp.Diagonal(a)), X, 1)], TypeError, message)
+
+
+def test_dtypes_that_look_like_floating_point():
+    refused(solvers(cotangent=np.ones(3, ">f8")), TypeError, "is >f8, in a byte order not this machine's; cast it")
+    for fields in ([("float", "f8")], [("a", "f4"), ("b", "f4")]):
+        refused(solvers(cotangent=np.ones(3, fields)), TypeError, "gradients need real floating-point numbers")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan")])
+def test_a_number_of_a_residual_path_is_finite(value):
+    refused([lambda: hbp.Scalar(value)], ValueError, "no residual path; give a finite number")
+
+
+def test_operators_that_are_none():
+    refused(
+        [lambda: hbp.Scalar(("a",)), lambda: hbp.Scalar([1.0])], TypeError, "takes a number or an .L,. array, not a"
+    )
+    small, large = hbp.Dense(np.ones((1, 2, 2))), hbp.Dense(np.ones((1, 3, 3)))
+    refused(
+        [lambda: small @ large], ValueError, r"shapes \[\(1, 2, 2\)\] and \[\(1, 3, 3\)\]; they must act on the same"
+    )
+
+    class Own(hbp.LinearOperator):
+        pass
+
+    refused([lambda: hbp.highway(LinearizedChain([half], Own()), X, 1)], NotImplementedError, "an? Own has no mv")
+
+
+def test_reports_on_nothing():
+    refused([lambda: hbp.Report((), (), True)], ValueError, "0 increments and 0 sizes; give one of each")
+    refused([lambda: hbp.Report((1.0, 2.0), (1.0,), True)], ValueError, "2 increments and 1 sizes")

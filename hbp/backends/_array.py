@@ -69,6 +69,8 @@ class ArrayBackend:
             return self.suffix_sum(c)
         if isinstance(operator, Pair):
             return propagate_pair(operator, c, self)
+        if not isinstance(operator, Scalar | Diagonal | Dense):  # a user's own kind
+            return sequential(operator, c, self)
         return self.suffix_scan(operator, c)
 
     def suffix_sum(self, c: Array) -> Array:
