@@ -35,7 +35,7 @@ def numpy(session: nox.Session) -> None:
 
 @nox.session
 def torch(session: nox.Session) -> None:
-    session.install("-e", ".[torch,bench]", *TEST_TORCH, *CONSTRAINTS)
+    session.install("-e", ".[torch,bench,demo]", *TEST_TORCH, *CONSTRAINTS)
     session.run("pytest", "--backends=numpy,torch", *session.posargs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from hbp.core.registry import LIBRARIES, load
 if TYPE_CHECKING:
     from hbp.demo.compare import Run, Settings
 
-DEMO = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+DEMO = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich", "threadpoolctl": "threadpoolctl"}
 OUTPUTS = ("compare.json", "compare.png")
 INTERRUPTED = 130
 
@@ -73,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--chunks", type=_at_least(1), nargs="+", default=[1, 8], metavar="S", help="steps per chunk to compare"
     )
+    compare.add_argument(
+        "--threads",
+        type=_at_least(1),
+        default=1,
+        metavar="N",
+        help="CPU threads of NumPy's BLAS, the compiled kernels, PyTorch and XLA (JAX), whatever OMP_NUM_THREADS says; "
+        "with arrays this small more of them mostly wait for each other",
+    )
     compare.add_argument("--output", type=Path, default=Path("hbp-compare"), metavar="FOLDER", help="made if missing")
     return parser
 
@@ -107,6 +116,8 @@ def _compare(options: argparse.Namespace) -> int:
         values = getattr(options, name)
         if len(set(values)) < len(values):
             raise _InputError(f"--{name} names a value twice: {' '.join(map(str, values))}")
+    if options.threads > (cores := os.cpu_count() or 1):
+        raise _InputError(f"--threads {options.threads} is more than the {cores} CPU cores here; give at most {cores}")
     try:
         load(options.backend)
     except (ImportError, RuntimeError) as error:
@@ -114,8 +125,11 @@ def _compare(options: argparse.Namespace) -> int:
     _check_writable(options.output)
     from hbp.demo.compare import Settings
 
+    names = ("backend", "cell", "steps", "seed", "threads")
     settings = Settings(
-        options.backend, options.cell, options.steps, options.seed, tuple(options.iterations), tuple(options.chunks)
+        **{name: getattr(options, name) for name in names},
+        iterations=tuple(options.iterations),
+        chunks=tuple(options.chunks),
     )
     return _train_and_show(settings, options.output)
 
@@ -138,15 +152,18 @@ def _train_and_show(settings: Settings, output: Path) -> int:
     from rich.console import Console
 
     from hbp.demo import results
+    from hbp.demo.threads import limited
 
     console = Console()
-    runs, interrupted = _train(settings, console)
+    with limited(settings.threads):  # the backend is loaded, so that its libraries are told too
+        runs, interrupted = _train(settings, console)
     done = min((len(run.losses) for run in runs), default=0)
     if not done:
         console.print("interrupted before the first step was finished; nothing to show")
         return INTERRUPTED
     device = availability(settings.backend)
-    title = f"{settings.cell.upper()}, {settings.backend} {device}, {done} of {settings.steps} steps"
+    threads = f"{settings.threads} thread" + "s" * (settings.threads > 1)
+    title = f"{settings.cell.upper()}, {settings.backend} {device}, {threads}, {done} of {settings.steps} steps"
     console.print(results.table(runs, title))
     document, picture = (output / name for name in OUTPUTS)
     results.write_json(runs, settings, device, document)

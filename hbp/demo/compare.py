@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from statistics import median
 from time import perf_counter
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ ACCURACY_EVERY = 50
 
 @dataclass(frozen=True)
 class Settings:
-    """What one comparison trains, and for how long."""
+    """What one comparison trains, for how long, and on how many threads."""
 
     backend: str = "numpy"
     cell: str = "gru"
@@ -31,6 +32,8 @@ class Settings:
     hidden: int = 32
     batch: int = 64
     rate: float = 5e-3
+    threads: int = 1
+    """CPU threads that it may use"""
 
 
 @dataclass
@@ -66,6 +69,24 @@ class Run:
     def step_ms(self) -> list[float]:
         """The duration of each whole step."""
         return [sum(parts) for parts in zip(self.forward_ms, self.backward_ms, self.update_ms, strict=True)]
+
+    @property
+    def ms_per_step(self) -> float:
+        """The median, which the load of the machine moves least."""
+        return median(self.step_ms)
+
+    def block_steps(self, length: int) -> int:
+        """How many pullbacks through one time step's block a backward does one after another, on any machine.
+
+        Exact: one a step. Highway-BP and the fixed point: one a chunk's step in each round (at most as many rounds as
+        there are chunks), and as many again from the chunks' ends through their steps to the parameters: S (k + 1).
+        Scans of the residual path are not counted, nor gates, recomputed for all steps at once. The loss enters
+        after the last step; one at every step would have to be gathered in each chunk first, in S more.
+        """
+        if self.iterations is None:
+            return length
+        size = min(self.chunk, length)
+        return size * (min(self.iterations, -(-length // size)) + 1)
 
 
 def runs(settings: Settings) -> list[Run]:

@@ -13,6 +13,8 @@ from hbp.core.operator import LinearOperator
 
 CLASSES = 10
 TEST = 360
+LENGTH = 64
+"""Pixels of an image, one a time step."""
 
 
 class Digits(NamedTuple):

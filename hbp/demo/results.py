@@ -17,6 +17,7 @@ from rich.table import Table
 import hbp
 from hbp.availability import Availability
 from hbp.demo.compare import Run, Settings
+from hbp.demo.model import LENGTH
 
 mpl.use("Agg")  # a file is written, no window is opened
 
@@ -25,17 +26,16 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 LAST = 20
-COLUMNS = ("method", "k", "chunk", "accuracy", "loss", "cosine", "ms/step", "backward")
+COLUMNS = ("method", "k", "chunk", "accuracy", "loss", "cosine", "ms/step", "backward", "block\nsteps")
 CAPTION = (
     "accuracy on the test images, as last measured (every 50 steps and at the end); loss: mean of the last 20 steps; "
     "cosine: mean over training, with the exact gradient of the cell's weights; ms/step: median, and "
-    "how much of it is the backward"
+    "how much of it is the backward; block steps: those of a backward that follow one another on any machine"
 )
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """The row of one run: final accuracy, mean loss of the last 20 steps, mean cosine, medians of the durations."""
-    step_ms = median(run.step_ms)
+    """The row of one run: final accuracy, mean loss of the last 20 steps, mean cosine, median times, block steps."""
     return {
         "method": run.method,
         "iterations": run.iterations,
@@ -44,14 +44,15 @@ def summary(run: Run) -> dict[str, Any]:
         "test_accuracy": run.accuracies[-1][1] if run.accuracies else None,
         "final_loss": fmean(run.losses[-LAST:]),
         "mean_cosine": fmean(run.cosines),
-        "ms_per_step": step_ms,
-        "backward_share": median(run.backward_ms) / step_ms,
+        "ms_per_step": run.ms_per_step,
+        "backward_share": median(run.backward_ms) / run.ms_per_step,
+        "block_steps": run.block_steps(LENGTH),
     }
 
 
 def table(runs: list[Run], title: str) -> Table:
     """The runs, a row each."""
-    rendered = Table(title=title, caption=CAPTION)
+    rendered = Table(title=title, caption=CAPTION, collapse_padding=True)
     for column in COLUMNS:
         rendered.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for row in map(summary, runs):
@@ -65,6 +66,7 @@ def table(runs: list[Run], title: str) -> Table:
             f"{row['mean_cosine']:.3f}",
             f"{row['ms_per_step']:.1f}",
             f"{row['backward_share']:.0%}",
+            str(row["block_steps"]),
         )
     return rendered
 
@@ -98,12 +100,12 @@ def plot(runs: list[Run], settings: Settings, path: Path) -> None:
     for run, style in zip(runs, _styles(runs), strict=True):
         smooth = _smoothed(run.losses)
         by_step.plot(range(1, len(smooth) + 1), smooth, label=run.label, **style)
-        by_time.plot(np.cumsum(run.step_ms) / 1e3, smooth, **style)
+        by_time.plot([step * run.ms_per_step / 1e3 for step in range(1, len(smooth) + 1)], smooth, **style)
     by_step.set(xlabel="training step", ylabel="loss (running mean)", title="Loss against steps")
-    by_time.set(xlabel="time in training steps (s)", title="Loss against time")
+    by_time.set(xlabel="steps x median time per step (s)", title="Loss against time")
     _accuracy_against_k(runs, by_k)
     figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 5))
-    figure.suptitle(f"{settings.cell.upper()} on digits pixel by pixel (64 steps), {settings.backend}")
+    figure.suptitle(f"{settings.cell.upper()} on digits pixel by pixel ({LENGTH} steps), {settings.backend}")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -128,7 +130,7 @@ def _accuracy_against_k(runs: list[Run], axes: Axes) -> None:
     axes.set(xlabel="iterations k", ylabel="test accuracy", title="Accuracy against k")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if measured:
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves
 
 
 def _styles(runs: list[Run]) -> list[dict[str, Any]]:
