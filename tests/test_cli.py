@@ -114,7 +114,8 @@ def threads_of(backend):
 @pytest.fixture
 def two_threads(library, monkeypatch):
     """Two threads where a library can be told, as on a machine with two cores."""
-    threadpoolctl = pytest.importorskip("threadpoolctl")
+    import threadpoolctl
+
     import hbp.demo.results  # noqa: F401 - scikit-learn's pools are there
 
     monkeypatch.setenv("OMP_NUM_THREADS", "2")

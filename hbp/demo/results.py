@@ -100,7 +100,7 @@ def plot(runs: list[Run], settings: Settings, path: Path) -> None:
     for run, style in zip(runs, _styles(runs), strict=True):
         smooth = _smoothed(run.losses)
         by_step.plot(range(1, len(smooth) + 1), smooth, label=run.label, **style)
-        by_time.plot([step * run.ms_per_step / 1e3 for step in range(1, len(smooth) + 1)], smooth, **style)
+        by_time.plot(np.arange(1, len(smooth) + 1) * (run.ms_per_step / 1e3), smooth, **style)
     by_step.set(xlabel="training step", ylabel="loss (running mean)", title="Loss against steps")
     by_time.set(xlabel="steps x median time per step (s)", title="Loss against time")
     _accuracy_against_k(runs, by_k)
