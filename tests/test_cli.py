@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +108,8 @@ def threads_of(backend):
 
         found["kernels"] = own_threads().count
     if backend == "torch":
-        found["torch"] = sys.modules["torch"].get_num_threads()
+        report = sys.modules["torch"].__config__.parallel_info()  # of OpenMP's and, where it is linked in, MKL's
+        found |= {name: int(count) for name, count in re.findall(r"(\w+_max_threads)\(\) : (\d+)", report)}
     return found, {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "NPROC")}
 
 

@@ -27,7 +27,7 @@ def limited(threads: int) -> Iterator[None]:
         try:
             os.environ.update(dict.fromkeys(VARIABLES, str(threads)))
             if torch:
-                torch.set_num_threads(threads)  # it counts apart from its OpenMP library
+                torch.set_num_threads(threads)  # its MKL, linked into it, counts apart from OpenMP
             yield
         finally:
             for name, value in variables.items():
