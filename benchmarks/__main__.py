@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import crossover, memory, report, rnn, scan, stack
 from benchmarks.environment import environment
-from benchmarks.measure import Library, Method, Row, distance, first_calls, library, time_all
+from benchmarks.measure import Library, Method, Row, agreement, first_calls, library, time_all
 from hbp.availability import available
 from hbp.backends._kernels import level
 from hbp.core.registry import LIBRARIES
@@ -118,7 +118,8 @@ def _time(
     on_gpu = next((lib for lib in libraries if lib.on_gpu), None)
     exact = module.reference(case, lib=on_gpu)
     for row, found in first_calls(alive):
-        row.error, row.cosine = distance(found, exact)
+        agreed = agreement(found, exact)
+        row.error, row.cosine = agreed.error, agreed.cosine
         if row.exact and row.error > 10 * TOLERANCE:
             row.failed = f"relative error {row.error:.1e} at full size"
         advance()
@@ -154,7 +155,7 @@ _TESTS: dict[tuple[Any, ...], tuple[float | None, str | None]] = {}
 
 def _error_or_reason(method: Method, expected: Any) -> tuple[float | None, str | None]:
     try:
-        error = distance(method.result(method.run()[2]), expected)[0]
+        error = agreement(method.result(method.run()[2]), expected).error
     except Exception as caught:
         return None, f"{type(caught).__name__}: {caught}"
     return error, None if error <= TOLERANCE else f"relative error {error:.1e} in its test, above {TOLERANCE:.0e}"

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from hbp.agreement import Agreement
+from hbp.backends.numpy import backend
 from hbp.core.registry import load
 
 
@@ -129,11 +131,9 @@ class Row:
         return cls(table, case, method.name, method.library.name, method.k, method.chunk, method.ours, method.exact)
 
 
-def distance(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    """The relative error and the cosine."""
-    sizes = float(np.linalg.norm(found) * np.linalg.norm(expected))
-    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-    return error, float(found @ expected) / sizes if sizes else 0.0
+def agreement(found: np.ndarray, expected: np.ndarray) -> Agreement:
+    """Of two gradients, as `Method.result` gives them."""
+    return Agreement.of(found, expected, backend)
 
 
 def first_calls(pairs: list[tuple[Row, Method]]) -> Iterator[tuple[Row, np.ndarray]]:

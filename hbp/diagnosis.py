@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, TypeAlias
 
-from hbp.core.backend import check_count
+from hbp import picture
+from hbp.agreement import Agreement
+from hbp.backends._array import ArrayBackend
+from hbp.core.backend import Array, check_count
 from hbp.core.increments import ADVICE, Report
+from hbp.core.solver import Solver
 
-HEADER = f"{'k':>4} {'chunk':>6} {'error':>9} {'cosine':>8} {'worst layer':>24} {'increment':>10} {'ms':>9}"
+HEADER = f"{'k':>5} {'chunk':>6} {'error':>9} {'cosine':>8} {'worst layer':>24} {'increment':>10} {'ms':>9}"
+PASSES = 3
+"""Over all settings in turn, after the one that measures their errors; times are the medians."""
 
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far a gradient is from the exact one: |a - b| / |b|, and the cosine of the angle between them."""
-
-    error: float
-    cosine: float
-
-    @classmethod
-    def of(cls, squares: Sequence[float]) -> Agreement:
-        """From |a - b|^2, |b|^2, |a|^2 and a.b."""
-        difference, exact, found, product = squares
-        error = math.sqrt(difference / exact) if exact else math.inf if difference else 0.0
-        cosine = product / math.sqrt(exact * found) if exact and found else 1.0 if exact == found else 0.0
-        return cls(error, cosine)
-
-    @classmethod
-    def summed(cls, squares: Iterable[Sequence[float]]) -> Agreement:
-        """From those of several parts."""
-        return cls.of([sum(column) for column in zip(*squares, strict=True)])
+Gradient: TypeAlias = Mapping[str, Sequence[Array]]
+"""A model's gradient: each layer's arrays, by the layer's name."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +30,24 @@ class Row:
     """One setting beside exact backprop.
 
     Attributes:
-        iterations, chunk: the setting.
+        iterations, chunk: the setting; None for exact backprop.
         overall: agreement of all parameters' gradients.
         layers: agreement layer by layer, by name.
         reports: the increments of each backward pass, by the name of the layers it went through.
-        seconds: the duration of forward and backward, the best of the repetitions.
+        seconds: the duration of forward and backward, the median of the passes; NaN before it is measured.
     """
 
-    iterations: int
+    iterations: int | None
     chunk: int
     overall: Agreement
     layers: Mapping[str, Agreement]
     reports: Mapping[str, Report]
-    seconds: float
+    seconds: float = math.nan
+
+    @property
+    def solver(self) -> Solver:
+        """The setting as a value, to hand on."""
+        return Solver(self.iterations, self.chunk)
 
     @property
     def diverges(self) -> bool:
@@ -61,17 +56,17 @@ class Row:
 
     @property
     def increment(self) -> float:
-        """The last increment as a fraction of the solution, the largest of all passes."""
-        shares = [(r.increments[-1], r.sizes[-1]) for r in self.reports.values()]
-        return max((new / size if size else math.inf if new else 0.0 for new, size in shares), default=math.nan)
+        """The last increment as a fraction of the solution, the largest of all passes; NaN where there were none."""
+        return max((report.last for report in self.reports.values()), default=math.nan)
 
     def __str__(self) -> str:
-        name, worst = max(self.layers.items(), key=lambda item: item[1].error, default=("", self.overall))
-        layer = f"{name[-15:]} {worst.error:.2g}"
-        return (
-            f"{self.iterations:>4} {self.chunk:>6} {self.overall.error:>9.2g} {self.overall.cosine:>8.4f} {layer:>24} "
-            f"{self.increment:>10.2g} {1e3 * self.seconds:>9.1f}" + (" diverges" if self.diverges else "")
-        )
+        k = "exact" if self.iterations is None else self.iterations
+        name, worst = max(self.layers.items(), key=lambda item: item[1].error, default=("", Agreement()))
+        layer = f"{name[-15:]} {worst.error:.2g}" if worst.error else ""
+        increment = f"{self.increment:.2g}" if self.reports else ""
+        ms = "" if math.isnan(self.seconds) else f"{1e3 * self.seconds:.1f}"
+        columns = f"{k:>5} {self.chunk:>6} {self.overall.error:>9.2g} {self.overall.cosine:>8.4f} {layer:>24}"
+        return f"{columns} {increment:>10} {ms:>9}{' diverges' if self.diverges else ''}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -79,111 +74,146 @@ class Diagnosis:
     """Highway-BP's gradients of one batch beside exact backprop's, for several k and chunks.
 
     Attributes:
-        rows: the settings.
-        exact_seconds: the duration of exact backprop.
+        exact: exact backprop.
+        rows: the other settings.
         target: the error wished for.
     """
 
+    exact: Row
     rows: tuple[Row, ...]
-    exact_seconds: float
     target: float
 
     @property
-    def recommended(self) -> Row | None:
-        """The setting of the smallest k, then chunk, from which on every larger k tried is within the target."""
-        good = [
-            row
-            for row in self.rows
-            if all(
-                other.overall.error <= self.target
-                for other in self.rows
-                if other.chunk == row.chunk and other.iterations >= row.iterations
-            )
-        ]
-        return min(good, key=lambda row: (row.iterations, row.chunk), default=None)
+    def within(self) -> tuple[Row, ...]:
+        """The rows from which on every larger k tried with the chunk is within the target, by k, then chunk.
+
+        The error does not fall monotonically with k: a k that hits the target by luck does not count.
+        """
+        if not self._seen:
+            return ()
+        good = [row for row in self.rows if all(r.overall.error <= self.target for r in self._from(row))]
+        return tuple(sorted(good, key=lambda row: (row.iterations or 0, row.chunk)))
+
+    @property
+    def recommended(self) -> Row:
+        """The fastest of exact backprop and the rows `within` the target; exact where none is faster."""
+        return min((self.exact, *self.within), key=lambda row: row.seconds)
 
     @property
     def advice(self) -> str:
         """A sentence or two for people."""
-        row = self.recommended
-        found = (
-            f"no setting tried is within the target error of {self.target:.2g}; exact backprop, or more iterations"
-            if row is None
-            else f"recommended for an error of {self.target:.2g}: iterations={row.iterations}, chunk={row.chunk}"
-        )
-        if not any(row.reports for row in self.rows):
+        if not self._seen:
             return "no backward pass by Highway-BP was seen: does the loss hand iterations and chunk on?"
-        bad = next((r for row in self.rows for r in row.reports.values() if r.diverges), None)
-        return found + ("" if bad is None else f"\nthe split diverges at some settings: {ADVICE}")
+        bad = any(row.diverges for row in self.rows)
+        return self._advised() + (f"\nthe split diverges at some settings: {ADVICE}" if bad else "")
+
+    def _advised(self) -> str:
+        exact = f"{1e3 * self.exact.seconds:.3g} ms"
+        fastest = min(self.within, key=lambda row: row.seconds, default=None)
+        if fastest is None:
+            return (
+                f"recommended: exact backprop, {exact}; no setting tried is within the target error of "
+                f"{self.target:.2g}, more iterations or larger chunks may be"
+            )
+        setting = f"iterations={fastest.iterations}, chunk={fastest.chunk}"
+        figures = f"error {fastest.overall.error:.2g}, {1e3 * fastest.seconds:.3g} ms"
+        found = f"recommended for an error of {self.target:.2g}:"
+        if self.recommended is fastest:
+            return f"{found} {setting} ({figures}; exact backprop takes {exact})"
+        return (
+            f"{found} exact backprop, which is the fastest here, {exact}; of Highway-BP's settings within it "
+            f"{setting} is the fastest ({figures}), and on other hardware it may pay"
+        )
+
+    def _from(self, row: Row) -> list[Row]:
+        """The row and those of its chunk with larger k."""
+        return [r for r in self.rows if r.chunk == row.chunk and (r.iterations or 0) >= (row.iterations or 0)]
+
+    @property
+    def _seen(self) -> bool:
+        """Whether some setting was heeded: its increments were reported, or its gradient differs."""
+        return any(row.reports or row.overall.difference for row in self.rows)
 
     def __str__(self) -> str:
-        exact = f"exact {'':>66} {1e3 * self.exact_seconds:>9.1f}"
-        return "\n".join([HEADER, *map(str, self.rows), exact, self.advice])
+        return "\n".join([HEADER, *map(str, (self.exact, *self.rows)), self.advice])
 
     def plot(self, path: str | Path) -> None:
         """Write a picture: error against k, error by layer, and the increments of the largest k."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError('plots need matplotlib: pip install "hbp[demo]"') from error
-        figure = Figure(figsize=(13, 4), layout="constrained")
-        overall, by_layer, increments = figure.subplots(1, 3)
-        for chunk in dict.fromkeys(row.chunk for row in self.rows):
-            rows = sorted((row for row in self.rows if row.chunk == chunk), key=lambda row: row.iterations)
-            steps = [row.iterations for row in rows]
-            overall.plot(steps, [row.overall.error for row in rows], "o-", label=f"chunk {chunk}")
-            for name, report in rows[-1].reports.items():
-                shares = [a / b if b else math.nan for a, b in zip(report.increments, report.sizes, strict=True)]
-                increments.plot(shares, "o-", label=f"{name or 'all'}, chunk {chunk}")
-        overall.axhline(self.target, color="gray", linestyle=":", label="target")
-        _logarithmic(overall, "k", "relative error of the gradient")
-        _logarithmic(increments, "round", "increment / solution")
-        first = [row for row in self.rows if row.chunk == self.rows[0].chunk]
-        for row in first:
-            errors = [agreement.error for agreement in row.layers.values()]
-            by_layer.plot(errors, ".-", label=f"k = {row.iterations}")
-        _logarithmic(by_layer, "layer, in the model's order", f"relative error, chunk {first[0].chunk}")
-        figure.savefig(path, dpi=120)
+        picture.draw(self, path)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a diagnosis tries and is asked for, checked before any work.
+
+    Raises:
+        TypeError, ValueError: there are no settings, they are no counts, or the target is no number.
+        ImportError, OSError, ValueError: the picture could not be drawn or written.
+    """
+
+    iterations: Sequence[int]
+    chunks: Sequence[int]
+    target: float
+    plot: str | Path | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "iterations", tuple(check_count("iterations", k, 0) for k in self.iterations))
+        object.__setattr__(self, "chunks", tuple(check_count("chunk", chunk, 1) for chunk in self.chunks))
+        if not self.iterations or not self.chunks:
+            raise ValueError("give at least one number of iterations and one chunk")
+        _check_target(self.target)
+        if self.plot is not None:
+            picture.check(self.plot)
+
+    @property
+    def pairs(self) -> list[tuple[int | None, int]]:
+        """Each setting's k and chunk; exact backprop is the first."""
+        return [(None, 1), *((k, chunk) for chunk in self.chunks for k in self.iterations)]
 
 
 def diagnosed(
-    run: Callable[[int, int], Row],
-    settings: tuple[list[int], list[int]],
-    exact_seconds: float,
-    target: float,
-    plot: str | Path | None,
+    settings: Settings,
+    backend: ArrayBackend,
+    gradient: Callable[[Solver], tuple[Gradient, Mapping[str, Report]]],
+    seconds: Callable[[Solver], float],
 ) -> Diagnosis:
-    """Run all settings, print each row as it comes and the advice at the end, and draw the picture where wanted."""
-    counts, sizes = settings
+    """Run all settings, print rows as they come, then the table with times and the advice, and draw the picture.
+
+    Args:
+        settings: what to try.
+        backend: of the gradients.
+        gradient: the gradient by a solver and the reports of its passes.
+        seconds: the duration of one forward and backward by a solver that `gradient` has seen.
+    """
     print(HEADER)
-    rows = []
-    for chunk in sizes:
-        for k in counts:
-            rows.append(run(k, chunk))
-            print(rows[-1])
-    diagnosis = Diagnosis(tuple(rows), exact_seconds, target)
-    print(diagnosis.advice)
-    if plot is not None:
-        diagnosis.plot(plot)
+    rows: list[Row] = []
+    wanted: Gradient = {}
+    for k, chunk in settings.pairs:
+        found, reports = gradient(Solver(k, chunk))
+        wanted = wanted or found
+        layers = {name: Agreement.of(list(found[name]), list(arrays), backend) for name, arrays in wanted.items()}
+        rows.append(Row(k, chunk, sum(layers.values(), Agreement()), layers, reports))
+        print(rows[-1])
+    exact, *others = _timed(rows, seconds)
+    diagnosis = Diagnosis(exact, tuple(others), settings.target)
+    print(diagnosis)
+    if settings.plot is not None:
+        diagnosis.plot(settings.plot)
     return diagnosis
 
 
-def check_settings(iterations: Sequence[int], chunks: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The settings to try, checked.
-
-    Raises:
-        TypeError, ValueError: there are none, or they are no counts.
-    """
-    counts = [check_count("iterations", k, 0) for k in iterations]
-    sizes = [check_count("chunk", chunk, 1) for chunk in chunks]
-    if not counts or not sizes:
-        raise ValueError("give at least one number of iterations and one chunk")
-    return counts, sizes
+def _check_target(target: Any) -> None:
+    if isinstance(target, bool) or not isinstance(target, Real) or not float(target) >= 0:
+        raise ValueError(f"target={target!r}; give a relative error that is good enough, as 0.05")
 
 
-def _logarithmic(axes: Any, x: str, y: str) -> None:
-    axes.set(xlabel=x, ylabel=y)
-    axes.set_yscale("log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+def _timed(rows: Sequence[Row], seconds: Callable[[Solver], float]) -> list[Row]:
+    """The rows with their times, measured in turns, so that what else the machine does meets all alike."""
+    times: list[list[float]] = [[] for _ in rows]
+    print("timing all settings in turn, pass", end="", flush=True)
+    for i in range(PASSES):
+        print(f" {i + 1}", end="", flush=True)
+        for own, row in zip(times, rows, strict=True):
+            own.append(seconds(row.solver))
+    print(f" of {PASSES}")
+    return [replace(row, seconds=median(own)) for row, own in zip(rows, times, strict=True)]

@@ -86,7 +86,7 @@ def test_no_two_iterates_pass_for_one_another(cell):
     method = measure.Method("Highway-BP", measure.library("numpy"), lambda: 0, None)
     found = [module.reference(case, replace(method, k=k)) for k in rnn.ITERATIONS] + [module.reference(case)]
     for one, other in pairwise(found):
-        assert measure.distance(one, other)[0] > 3 * command.TOLERANCE
+        assert measure.agreement(one, other).error > 3 * command.TOLERANCE
 
 
 def test_what_fails_is_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):

@@ -65,6 +65,16 @@ class Report:
         return cls(increments, solutions, len(sizes) == length + 1)
 
     @property
+    def shares(self) -> tuple[float, ...]:
+        """Each increment as a fraction of the solution after it; 0 where both are zero."""
+        return tuple(map(_ratio, self.increments, self.sizes))
+
+    @property
+    def last(self) -> float:
+        """The last increment as a fraction of the solution."""
+        return self.shares[-1]
+
+    @property
     def finite(self) -> bool:
         """Whether no increment holds NaN or infinity."""
         return all(map(math.isfinite, self.increments))
@@ -81,11 +91,9 @@ class Report:
         if not self.finite:
             return "not finite: an increment holds NaN or infinity"
         if self.diverges:
-            worst = max(map(_ratio, self.increments, self.sizes))
-            return f"diverges: the increments grow to {worst:.2g} times the solution; {ADVICE}"
-        last = _ratio(self.increments[-1], self.sizes[-1])
-        state = "exact" if self.exact else "converging" if last < CONVERGING else "not yet converged"
-        return f"{state}: the last increment is {last:.2g} of the solution"
+            return f"diverges: the increments grow to {max(self.shares):.2g} times the solution; {ADVICE}"
+        state = "exact" if self.exact else "converging" if self.last < CONVERGING else "not yet converged"
+        return f"{state}: the last increment is {self.last:.2g} of the solution"
 
 
 def _ratio(increment: float, size: float) -> float:

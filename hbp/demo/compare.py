@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hbp.agreement import Agreement
 from hbp.core.backend import Array
 from hbp.core.operator import LinearOperator, Zero
 from hbp.demo.model import Adam, Classifier, Digits, Model, digits, initial
@@ -102,7 +103,7 @@ class Trainer:
     def __init__(self, run: Run, settings: Settings, data: Digits, front_end: ModuleType) -> None:
         backend, jit = front_end.backend, front_end.jit
         model = Model(settings.cell, backend)
-        self.run, self._data, self._rate = run, data, settings.rate
+        self.run, self._data, self._rate, self._backend = run, data, settings.rate, backend
         self._state = Adam.start(initial(settings.cell, settings.hidden, settings.seed, backend.xp), backend)
         self._forward, self._correct = jit(model.forward), jit(model.correct)
         self._update = jit(Adam.step)
@@ -131,7 +132,8 @@ class Trainer:
         end = perf_counter()
         if len(run.losses) % COSINE_EVERY == 0:
             exact = self._exact(before.model, x, dlogits, states)
-            run.cosines.append(_cosine(gradient, exact))
+            # of the cell's parameters: the head's gradient is exact with every method
+            run.cosines.append(Agreement.of(gradient.cell, exact.cell, self._backend).cosine)
         run.forward_ms.append(forward_ms)
         run.backward_ms.append(1e3 * (middle - start))
         run.update_ms.append(1e3 * (end - middle))
@@ -190,11 +192,3 @@ def _wait(model: Classifier) -> None:
     """Wait for asynchronous work: reading one number of the last result needs all of it."""
     float(model.bias[0])
     float(model.cell.weight_hh[0, 0])
-
-
-def _cosine(gradient: Classifier, exact: Classifier) -> float:
-    """The cosine between two gradients of the cell's parameters (the head's is exact with every method)."""
-    pairs = list(zip(gradient.cell, exact.cell, strict=True))
-    dot = float(sum((a * b).sum() for a, b in pairs))
-    norms = float(sum((a * a).sum() for a, _ in pairs)) * float(sum((b * b).sum() for _, b in pairs))
-    return dot / norms**0.5 if norms else 1.0

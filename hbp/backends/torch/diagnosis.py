@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbp.backends.torch.options import scheduled
+from hbp.backends.torch.array import TorchBackend
+from hbp.backends.torch.options import Scheduled, scheduled
 from hbp.backends.torch.recurrent.modules import GRU, LSTM
 from hbp.backends.torch.stack.conversion import ConvertedForward
 from hbp.backends.torch.stack.run import Stack
 from hbp.backends.torch.stack.sequential import Sequential
 from hbp.core.backend import check_count
 from hbp.core.increments import Report
-from hbp.diagnosis import Agreement, Diagnosis, Row, check_settings, diagnosed
+from hbp.core.solver import Solver
+from hbp.diagnosis import Diagnosis, Settings, diagnosed
 
-REPEATS = 2
+BACKEND = TorchBackend()
 
 
 def diagnose(
@@ -36,7 +38,8 @@ def diagnose(
     """Compare Highway-BP's gradient of one batch with the exact one, for several k and chunks.
 
     All of the model's layers of this library and converted stacks take each setting in turn. Options, gradients,
-    random state and buffers are afterwards what they were. Rows are printed as they come.
+    random state and buffers are afterwards what they were. Rows are printed as they come; then all settings are timed
+    in turns, and the table is printed with the medians.
 
     Args:
         model: a module with layers of this library or converted ones.
@@ -47,44 +50,45 @@ def diagnose(
         plot: a file for a picture.
 
     Returns:
-        The figures: ``rows``, ``recommended`` (a row, or None), ``advice``.
+        The figures: ``exact`` and ``rows``; ``within``, the rows within the target; ``recommended``, the fastest of
+        those and exact backprop, to hand to `configure`; ``advice``.
 
     Raises:
-        ValueError: no such layers, no parameters that need gradients, a loss that is no finite scalar, or counts that
-            are none.
+        ValueError: no such layers, no parameters that need gradients, a loss that is no finite scalar, counts that are
+            none, or a target that is no number.
+        ImportError, ValueError, OSError: the picture could not be drawn or written.
 
     >>> import hbp.backends.torch as hb
     >>> model = hb.Sequential(*(hb.Residual(nn.Linear(4, 4)) for _ in range(3)))
     >>> found = diagnose(model, lambda model, x: model(x).square().mean(), torch.randn(8, 4), iterations=(0, 3))
     ... # doctest: +ELLIPSIS
-       k  chunk     error   cosine ...
-    >>> round(found.rows[1].overall.error, 4), found.recommended.iterations
-    (0.0, 3)
+        k  chunk     error   cosine ...
+    >>> round(found.rows[1].overall.error, 4), [row.iterations for row in found.within]
+    (0.0, [3])
+    >>> hb.configure(model, found.recommended)
     """
     layers = scheduled(model)
-    settings = check_settings(iterations, chunks)
+    settings = Settings(iterations, chunks, target, plot)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(f"no parameter of this {type(model).__name__} needs gradients")
     groups = _grouped(model, parameters)
 
-    def run(k: int | None, chunk: int) -> tuple[dict[str, Tensor], float, dict[str, Report]]:
+    def run(solver: Solver, watched: bool) -> tuple[float, list[Tensor]]:
         for part in layers.values():
-            part.iterations, part.chunk, part.reports = k, chunk, []
-        seconds, found = _gradients(model, loss_fn, batch, parameters)
-        reports = {name: max(p.reports, key=_growth) for name, p in layers.items() if p.reports}
-        return found, seconds, reports
+            part.solver, part.reports = solver, [] if watched else None
+        return _gradients(model, loss_fn, batch, list(parameters.values()))
+
+    def gradient(solver: Solver) -> tuple[dict[str, list[Tensor]], dict[str, Report]]:
+        found = dict(zip(parameters, run(solver, watched=True)[1], strict=True))
+        reports = {name: max(p.reports, key=lambda report: report.last) for name, p in layers.items() if p.reports}
+        return {group: [found[name] for name in names] for group, names in groups.items()}, reports
+
+    def seconds(solver: Solver) -> float:
+        return run(solver, watched=False)[0]  # watching costs norms
 
     with _undisturbed(model, layers.values()):
-        exact, exact_seconds, _ = run(None, 1)
-
-        def row(k: int, chunk: int) -> Row:
-            found, seconds, reports = run(k, chunk)
-            squares = {name: _squares(found[name], exact[name]) for name in parameters}
-            by_layer = {group: Agreement.summed(squares[name] for name in names) for group, names in groups.items()}
-            return Row(k, chunk, Agreement.summed(squares.values()), by_layer, reports, seconds)
-
-        return diagnosed(row, settings, exact_seconds, target, plot)
+        return diagnosed(settings, BACKEND, gradient, seconds)
 
 
 def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: bool = False) -> list[float]:
@@ -111,7 +115,7 @@ def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: 
         raise ValueError(f"this {type(stack).__name__} has {len(found)} stacks; give a module with one")
     (layers,) = found
     with _undisturbed(stack, [layers]), torch.enable_grad():
-        layers.iterations, layers.chunk, layers.calls = 0, 1, []
+        layers.solver, layers.calls = Solver(0), []
         if isinstance(batch, Mapping):
             stack(**batch)
         else:
@@ -140,43 +144,33 @@ def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: 
 
 
 def _gradients(
-    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: Any, parameters: dict[str, Tensor]
-) -> tuple[float, dict[str, Tensor]]:
-    """The duration, the best of several, and the gradients by the parameters' names."""
-    best = float("inf")
-    for _ in range(REPEATS):
-        with _restored(model), torch.enable_grad():
-            start = time.perf_counter()
-            loss = loss_fn(model, batch)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise ValueError(
-                    f"loss_fn returned a {type(loss).__name__}; give a function of (model, batch) -> scalar"
-                )
-            if not torch.isfinite(loss):
-                raise ValueError(f"the loss is {loss.item()}; a diagnosis needs a finite one")
-            options = {"allow_unused": True, "materialize_grads": True}
-            found = torch.autograd.grad(loss, list(parameters.values()), **options)
-            float(found[0].sum())  # waits for the device
-            best = min(best, time.perf_counter() - start)
-    return best, dict(zip(parameters, found, strict=True))
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: Any, parameters: list[Tensor]
+) -> tuple[float, list[Tensor]]:
+    """The duration of forward and backward, and the parameters' gradients."""
+    with _restored(model), torch.enable_grad():
+        start = time.perf_counter()
+        loss = loss_fn(model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"loss_fn returned a {type(loss).__name__}; give a function of (model, batch) -> scalar")
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss is {loss.item()}; a diagnosis needs a finite one")
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        float(found[0].sum())  # waits for the device
+        return time.perf_counter() - start, list(found)
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, layers: Any) -> Iterator[None]:
+def _undisturbed(model: nn.Module, layers: Iterable[Scheduled]) -> Iterator[None]:
     """Put the options of layers, the random state and the model's buffers back at the end."""
-    before = [(part, dict(vars(part))) for part in layers]
+    names = ("solver", "reports", "calls", "path")
+    before = [(part, {name: getattr(part, name) for name in names if hasattr(part, name)}) for part in layers]
     try:
-        for part in layers:
-            part.tolerance = None
         with _restored(model):
             yield
     finally:
         for part, options in before:
-            for name in ("solver", "reports", "calls", "path"):
-                if name in options:
-                    setattr(part, name, options[name])
-                else:
-                    vars(part).pop(name, None)
+            for name, value in options.items():
+                setattr(part, name, value)
 
 
 @contextmanager
@@ -207,12 +201,3 @@ def _grouped(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, li
         owners = [name for name in names if not name or parameter.startswith(f"{name}.")]
         groups.setdefault(max(owners, key=len, default="rest"), []).append(parameter)
     return groups
-
-
-def _squares(found: Tensor, exact: Tensor) -> tuple[float, ...]:
-    a, b = found.double(), exact.double()
-    return tuple(map(float, ((a - b).square().sum(), b.square().sum(), a.square().sum(), (a * b).sum())))
-
-
-def _growth(report: Report) -> float:
-    return report.increments[-1] / report.sizes[-1] if report.sizes[-1] else 0.0

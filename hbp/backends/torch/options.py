@@ -11,6 +11,7 @@ from torch import nn
 from hbp.core.increments import Report
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
+from hbp.diagnosis import Row
 
 
 class _Field:
@@ -31,7 +32,7 @@ class Scheduled:
     attributes.
     """
 
-    solver: Solver = Solver()
+    _solver: Solver = Solver()
     iterations = _Field()
     chunk = _Field()
     tolerance = _Field()
@@ -39,10 +40,45 @@ class Scheduled:
     reports: list[Report] | None = None
     """Where a list, each backward pass appends the report on its increments."""
 
+    @property
+    def solver(self) -> Solver:
+        """How the backward pass is solved."""
+        return self._solver
+
+    @solver.setter
+    def solver(self, solver: Solver) -> None:
+        if not isinstance(solver, Solver):
+            raise TypeError(f"solver is a {type(solver).__name__}; give an hbp.Solver, as hbp.Solver(iterations=3)")
+        self._solver = solver
+
     def current(self) -> Solver:
         """The solver of this training step."""
         solver = self.solver.at(self.training_step)
         return solver if self.reports is None else replace(solver, watch=self.reports.append)
+
+
+def configure(module: nn.Module, setting: Solver | Row) -> None:
+    """Set iterations, chunk and tolerance on all of this library's layers and converted stacks inside a module.
+
+    Args:
+        module: a module with such layers.
+        setting: all three, as an `hbp.Solver` or a row of a diagnosis.
+
+    Raises:
+        TypeError, ValueError: there are no such layers, or it is no setting; nothing is set then.
+
+    >>> import hbp, hbp.backends.torch as hb
+    >>> model = nn.Sequential(hb.GRU(2, 2), nn.Linear(2, 2))
+    >>> configure(model, hbp.Solver(iterations=3, chunk=8))
+    >>> model[0].iterations, model[0].chunk, model[0].tolerance
+    (3, 8, None)
+    """
+    solver: Any = setting.solver if isinstance(setting, Row) else setting
+    if not isinstance(solver, Solver):
+        kind = type(setting).__name__
+        raise TypeError(f"setting is a {kind}; give an hbp.Solver, or a row, as diagnose(...).recommended")
+    for layers in scheduled(module).values():
+        layers.solver = solver
 
 
 def set_iterations(module: nn.Module, iterations: int | Schedule | None) -> None:
@@ -57,7 +93,11 @@ def set_iterations(module: nn.Module, iterations: int | Schedule | None) -> None
 
 
 def step(module: nn.Module) -> None:
-    """Advance the schedules of all of this library's layers inside a module by one training step."""
+    """Advance the schedules of all of this library's layers inside a module by one training step.
+
+    Raises:
+        TypeError, ValueError: it is no module, or has no such layers.
+    """
     for layers in scheduled(module).values():
         layers.training_step += 1
 
@@ -68,6 +108,9 @@ def follow(optimizer: torch.optim.Optimizer, module: nn.Module) -> Any:
     Returns:
         A handle whose ``remove()`` ends this.
 
+    Raises:
+        TypeError, ValueError: it is no optimizer, no module, or a module without such layers.
+
     >>> import hbp, hbp.backends.torch as hb
     >>> layer = hb.GRU(2, 2, iterations=hbp.Schedule({0: 1, 2: 3}))
     >>> optimizer = torch.optim.SGD(layer.parameters())
@@ -75,6 +118,8 @@ def follow(optimizer: torch.optim.Optimizer, module: nn.Module) -> Any:
     >>> optimizer.step(), optimizer.step(), layer.current().iterations
     (None, None, 3)
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer")
     scheduled(module)
     return optimizer.register_step_post_hook(lambda *_: step(module))
 
@@ -83,8 +128,10 @@ def scheduled(module: nn.Module) -> dict[str, Scheduled]:
     """All of this library's layers and converted stacks inside a module, by the name of the first module of each.
 
     Raises:
-        ValueError: there is none.
+        TypeError, ValueError: it is no module, or there is none.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}; give a torch.nn.Module with layers of hbp")
     found: dict[int, tuple[str, Scheduled]] = {}
     for name, part in module.named_modules():
         # A converted layer's forward is a callable that knows its stack (hbp.backends.torch.stack.conversion).

@@ -1,0 +1,61 @@
+"""The picture of a diagnosis."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hbp.diagnosis import Diagnosis
+
+
+def check(path: str | Path) -> None:
+    """Check that a picture can be drawn and written to this file.
+
+    Raises:
+        ImportError: there is no matplotlib.
+        ValueError, OSError: its ending is unknown, its folder does not exist, or it cannot be written there.
+    """
+    path, kinds = Path(path), _figure().canvas.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"plot={str(path)!r} ends in {path.suffix}; give one of {', '.join(sorted(kinds))}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"plot={str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"plot={str(path)!r} cannot be written there; give another file")
+
+
+def draw(diagnosis: Diagnosis, path: str | Path) -> None:
+    """Write a picture: error against k, error by layer, and the increments of the largest k."""
+    figure, rows = _figure(), diagnosis.rows
+    overall, by_layer, increments = figure.subplots(1, 3)
+    for chunk in dict.fromkeys(row.chunk for row in rows):
+        own = sorted((row for row in rows if row.chunk == chunk), key=lambda row: row.iterations or 0)
+        overall.plot([row.iterations for row in own], [row.overall.error for row in own], "o-", label=f"chunk {chunk}")
+        for name, report in own[-1].reports.items():
+            increments.plot(report.shares, "o-", label=f"{name or 'all'}, chunk {chunk}")
+    overall.axhline(diagnosis.target, color="gray", linestyle=":", label="target")
+    _logarithmic(overall, "k", "relative error of the gradient")
+    _logarithmic(increments, "round", "increment / solution")
+    for row in rows:
+        if row.chunk == rows[0].chunk:
+            by_layer.plot([part.error for part in row.layers.values()], ".-", label=f"k = {row.iterations}")
+    _logarithmic(by_layer, "layer, in the model's order", f"relative error, chunk {rows[0].chunk}")
+    figure.savefig(path, dpi=120)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "hbp[demo]"') from error
+    return Figure(figsize=(13, 4), layout="constrained")
+
+
+def _logarithmic(axes: Any, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
