@@ -64,7 +64,7 @@ class Row:
         name, worst = max(self.layers.items(), key=lambda item: item[1].error, default=("", Agreement()))
         layer = f"{name[-15:]} {worst.error:.2g}" if worst.error else ""
         increment = f"{self.increment:.2g}" if self.reports else ""
-        ms = "" if math.isnan(self.seconds) else f"{1e3 * self.seconds:.1f}"
+        ms = "" if math.isnan(self.seconds) else f"{1e3 * self.seconds:.2f}"
         columns = f"{k:>5} {self.chunk:>6} {self.overall.error:>9.2g} {self.overall.cosine:>8.4f} {layer:>24}"
         return f"{columns} {increment:>10} {ms:>9}{' diverges' if self.diverges else ''}".rstrip()
 
