@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,19 +54,70 @@ def test_rows_are_errors_and_cosines_of_the_gradients(capsys):
     assert found.rows[2].overall.error < 1e-12
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].split()[:2] == ["k", "chunk"]
-    assert len(printed.splitlines()) == 8
-    assert found.advice in printed
-    assert all(str(row) in str(found) for row in found.rows)
+    first, second = printed.split("timing all settings in turn, pass 1 2 3 of 3\n")
+    assert len(first.splitlines()) == len(second.splitlines()) - 1 == 8
+    assert second == f"{found}\n"
+    assert all(str(row) in second for row in (found.exact, *found.rows))
+    assert (found.exact.solver, found.exact.overall.error) == (hbp.Solver(), 0)
 
 
-def test_the_recommendation_is_the_smallest_setting_within_the_target():
-    model, x = stack(), torch.randn(3, D)
-    found = hb.diagnose(model, loss_of, x, iterations=(L, 0, 1, 2, 3), target=0.05)
-    good = [row.iterations for row in found.rows if row.overall.error <= 0.05]
-    assert found.recommended.iterations == min(good) > 0
-    assert f"iterations={min(good)}, chunk=1" in found.advice
-    assert hb.diagnose(model, loss_of, x, iterations=(0,), target=1e-9).recommended is None
-    assert "no setting tried is within" in hb.diagnose(model, loss_of, x, iterations=(0,), target=1e-9).advice
+class Clock:
+    """A clock on which the n-th step with k iterations takes ``cost(k, n)`` seconds."""
+
+    def __init__(self, cost: Any) -> None:
+        self.cost, self.now, self.steps, self.watched = cost, 0.0, [], []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def loss(self, model: Any, x: Any) -> Any:
+        k = model.iterations
+        self.now += self.cost(k, self.steps.count(k))
+        self.steps.append(k)
+        self.watched.append(model.reports is not None)
+        return loss_of(model, x)
+
+
+def test_the_fastest_median_within_the_target_is_recommended(monkeypatch):
+    """Steps with k = 3 are once very fast, those with k = 0 always, but not within the target."""
+    costs = {None: [9, 9, 9, 9], 0: [1, 1, 1, 1], 2: [99, 7, 8, 7], 3: [1, 1, 20, 20], L: [8, 8, 8, 8]}
+    clock = Clock(lambda k, n: costs[k][n])
+    monkeypatch.setattr(hb.diagnosis, "time", clock)
+    model, settings = stack(), (0, 2, 3, L)
+    found = hb.diagnose(model, clock.loss, torch.randn(3, D), iterations=settings, target=0.05)
+    assert [row.iterations for row in found.within] == [2, 3, L]
+    assert [row.seconds for row in (found.exact, *found.rows)] == [9, 1, 7, 20, 8]
+    assert found.recommended.iterations == 2
+    assert clock.steps == [None, *settings] * 4
+    assert clock.watched == [True] * 5 + [False] * 15
+    costs[None] = [7] * 4
+    clock.steps.clear()
+    found = hb.diagnose(model, clock.loss, torch.randn(3, D), iterations=settings, target=0.05)
+    assert found.recommended is found.exact
+    assert found.recommended.solver == hbp.Solver()
+
+
+def test_the_recommendation_can_be_taken(monkeypatch):
+    """With a chunk, in a model of several layers, one of them converted; and exact backprop likewise."""
+    torch.manual_seed(1)
+    blocks = [hb.Residual(nn.Sequential(nn.Linear(D, D), nn.Tanh())) for _ in range(L)]
+    model, x = hb.convert(nn.Sequential(*blocks, stack())).double(), torch.randn(3, D, dtype=torch.float64)
+    exact = flat(gradient(model, loss_of, x, None))
+    model[-1].tolerance = 0.5
+    now = iter(range(1000))
+    monkeypatch.setattr(hb.diagnosis, "time", SimpleNamespace(perf_counter=lambda: -(next(now) ** 2)))  # ever faster
+    found = hb.diagnose(model, loss_of, x, iterations=(1,), chunks=(1, 3), target=0.3)
+    assert (found.recommended.iterations, found.recommended.chunk) == (1, 3)
+    for setting in (found.recommended, found.rows[0], found.exact):
+        hb.configure(model, setting)
+        ours = flat(torch.autograd.grad(loss_of(model, x), list(model.parameters())))
+        error = float((ours - exact).norm() / exact.norm())
+        assert error == pytest.approx(setting.overall.error, rel=1e-9, abs=1e-15)
+    assert found.rows[0].overall.error > 1.2 * found.rows[1].overall.error
+    nothing = hb.diagnose(model, loss_of, x, iterations=(0,), target=0)
+    hb.configure(model, nothing.recommended)
+    assert nothing.recommended is nothing.exact
+    assert all(layers.solver == hbp.Solver() for layers in hb.options.scheduled(model).values())
 
 
 def test_nothing_is_left_changed():
@@ -146,6 +199,7 @@ def test_a_plot_is_written(tmp_path):
         ({"iterations": ()}, ValueError, "give at least one number of iterations"),
         ({"iterations": (-1,)}, ValueError, "iterations=-1 is too small"),
         ({"chunks": (0,)}, ValueError, "chunk=0 is too small"),
+        ({"target": None}, ValueError, "target=None; give a relative error"),
         ({"loss_fn": lambda model, x: model(x)}, ValueError, "loss_fn returned a Tensor"),
         ({"loss_fn": lambda model, x: model(x).sum() * float("nan")}, ValueError, "the loss is nan"),
     ],
@@ -154,6 +208,13 @@ def test_bad_input(change, error, message):
     given = {"model": stack(), "loss_fn": loss_of, "batch": torch.randn(3, D)} | change
     with pytest.raises(error, match=message):
         hb.diagnose(**given)
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_before_any_work(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="plots need matplotlib"):
+        hb.diagnose(stack(), lambda *_: pytest.fail("it ran"), None, plot=tmp_path / "found.png")
+    assert not capsys.readouterr().out
 
 
 def test_bad_input_of_the_damping():
