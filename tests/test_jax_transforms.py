@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -375,6 +377,33 @@ def test_diagnosis(capsys):
 
     hb.diagnose(cancelling, 0.1 * jnp.ones(9), jnp.ones(2), iterations=(2,))
     assert "damp the split" in capsys.readouterr().out
+
+
+def test_the_fastest_median_within_the_target_is_recommended(monkeypatch, tmp_path, capsys):
+    """On a clock of our own, on which k = L is once very fast; what is timed is compiled before, and not anew."""
+    params, x = stack()
+    costs = {None: (9, 9, 9), 0: (1, 1, 1), 3: (50, 7, 7), L: (1, 20, 20)}
+    clock = iter([t for i in range(3) for own in costs.values() for t in (0, own[i])])
+    monkeypatch.setattr(hb.diagnosis, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    traced = []
+
+    def loss(params: Any, x: Any, iterations: Any, chunk: int) -> Any:
+        traced.append("timing" in capsys.readouterr().out)
+        return value(hb.sequential(layer, params, x, iterations=iterations, chunk=chunk))
+
+    found = hb.diagnose(loss, params, x, iterations=(0, 3, L), target=0.1)
+    assert not any(traced)
+    assert next(clock, None) is None
+    assert [row.seconds for row in (found.exact, *found.rows)] == [9, 1, 7, 20]
+    assert [row.iterations for row in found.within] == [3, L]
+    assert found.recommended.solver == hbp.Solver(iterations=3)
+    assert (found.exact.solver, found.exact.overall.error) == (hbp.Solver(), 0)
+
+    traced.clear()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="plots need matplotlib"):
+        hb.diagnose(loss, params, x, plot=tmp_path / "found.png")
+    assert not traced
 
 
 PARAMS, X = (lambda: stack()[0]), (lambda: stack()[1])

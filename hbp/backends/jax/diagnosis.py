@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hbp.backends.jax.chains import BACKEND, Tree
+from hbp.backends.jax.chains import Tree
 from hbp.backends.jax.watching import watching
+from hbp.backends.numpy import backend
 from hbp.core.backend import Array
 from hbp.core.increments import Report
 from hbp.core.solver import Solver
@@ -72,7 +73,8 @@ def diagnose(
         programs[solver] = jax.jit(jax.grad(one)).lower(params, batch).compile()  # outlives the caches
         reports = {} if solver.exact else _reports(one, params, batch)
         found: dict[str, list[Array]] = {}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(programs[solver](params, batch)):
+        on_host = jax.device_get(programs[solver](params, batch))  # where comparing gradients compiles nothing
+        for path, leaf in jax.tree_util.tree_leaves_with_path(on_host):
             found.setdefault(jax.tree_util.keystr(path[:1]), []).append(leaf)
         return found, reports
 
@@ -81,7 +83,7 @@ def diagnose(
         jax.block_until_ready(programs[solver](params, batch))
         return time.perf_counter() - start
 
-    return diagnosed(settings, BACKEND, gradient, seconds)
+    return diagnosed(settings, backend, gradient, seconds)
 
 
 def _reports(loss: Callable[..., Array], params: Tree, batch: Any) -> dict[str, Report]:
