@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hbp.backends._array import HALF, ArrayBackend
-from hbp.core.backend import check_shape, dtype_name
+from hbp.core.backend import check_shape
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,12 @@ class Agreement:
     product: float = 0.0
 
     @classmethod
-    def of(cls, found: Any, exact: Any, backend: ArrayBackend) -> Agreement:
+    def of(cls, found: Any, exact: Any, backend: Any) -> Agreement:
         """Of two gradients: arrays of this backend, or lists and tuples of such; ValueError where shapes differ."""
         if isinstance(found, list | tuple):
             return sum((cls.of(a, b, backend) for a, b in zip(found, exact, strict=True)), cls())
         check_shape("the gradient found", found, exact.shape)
-        a, b = (backend.widened(x) if dtype_name(x) in HALF else x for x in (found, exact))
+        a, b = backend.widened(found), backend.widened(exact)
         difference, size, own = backend.norm(a - b), backend.norm(b), backend.norm(a)
         product = own * size
         if 0 < product < math.inf:  # of unit vectors, lest small or large entries leave the dtype's range

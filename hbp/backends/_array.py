@@ -44,8 +44,8 @@ class ArrayBackend:
         return x.astype(like.dtype)
 
     def widened(self, x: Array) -> Array:
-        """A half-precision array as float32, for sums of many terms."""
-        return x.astype(self.xp.float32)
+        """A half-precision array as float32, for sums of many terms; others as they are."""
+        return x.astype(self.xp.float32) if dtype_name(x) in HALF else x
 
     def map(self, pullbacks: Sequence[Pullback], cotangents: Sequence[Array]) -> list[Array]:
         return [pullback(g) for pullback, g in zip(pullbacks, cotangents, strict=True)]
@@ -107,7 +107,7 @@ class ArrayBackend:
         sums += rows @ weight
 
     def norm(self, x: Array) -> float:
-        wide = (self.widened(x) if dtype_name(x) in HALF else x).reshape(-1)
+        wide = self.widened(x).reshape(-1)
         largest = float(abs(wide).max()) if len(wide) else 0.0
         if not largest or not math.isfinite(largest):
             return largest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Self
 
 from hbp.core.backend import Array, Backend, check_count, check_kind, check_shape, dtype_name
@@ -182,17 +182,14 @@ def products(
 
     ``maps`` are those of ``length`` layers on states like ``like``, bound.
     """
-    stride = size if stride is None else stride
+    product: Any = partial(reduce, lambda first, second: second @ first)
+    stride = stride or size
     count = -(-length // stride)
     if count * stride - stride + size <= length:  # the last stage is complete
-        return reduce(_then, (maps[j : count * stride : stride] for j in range(size)))
+        return product(maps[j : count * stride : stride] for j in range(size))  # type: ignore[no-any-return]
     maps, last = one_each(maps, length, like, backend), (count - 1) * stride
-    product = reduce(_then, (maps[j:last:stride] for j in range(size)))
-    return concatenate(product, reduce(_then, (maps[i : i + 1] for i in range(last, length))), backend)
-
-
-def _then(first: LinearOperator, second: LinearOperator) -> LinearOperator:
-    return second @ first
+    complete = product(maps[j:last:stride] for j in range(size))
+    return concatenate(complete, product(maps[i : i + 1] for i in range(last, length)), backend)
 
 
 def _check_slice(index: Any) -> None:

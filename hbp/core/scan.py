@@ -58,8 +58,8 @@ def hillis_steele(operator: LinearOperator, c: Array, backend: Backend) -> Array
     shift = 1
     while shift < length:
         head, tail = maps[: length - shift] @ maps[shift:], maps[length - shift :]
-        linear = concatenate(head.linear, tail.linear, backend)
-        maps = Affine(linear, backend.concat([head.offset, tail.offset]))
+        offset = backend.concat([head.offset, tail.offset])
+        maps = Affine(concatenate(head.linear, tail.linear, backend), offset)
         shift *= 2
     return backend.concat([maps(c[-1:]), c[-1:]])
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hbp.backends._array import HALF, ArrayBackend
+from hbp.backends._array import ArrayBackend
 from hbp.backends._kernels import CUDA_JAX
-from hbp.core.backend import Array, Gauge, Pullback, dtype_name
+from hbp.core.backend import Array, Gauge, Pullback
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.core.scan import hillis_steele
 
@@ -93,7 +93,7 @@ class JaxBackend(ArrayBackend):
     def norm(self, x: Array) -> Any:
         if not isinstance(x, jax.core.Tracer):
             return super().norm(x)
-        wide = (self.widened(x) if dtype_name(x) in HALF else x).reshape(-1)
+        wide = self.widened(x).reshape(-1)
         largest = jnp.max(jnp.abs(wide), initial=0)
         return largest * jnp.linalg.norm(wide / jnp.where(largest == 0, 1, largest))
 

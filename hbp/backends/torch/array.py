@@ -43,7 +43,7 @@ class TorchBackend(ArrayBackend):
         return x.to(like.dtype)
 
     def widened(self, x: Array) -> Array:
-        return x.float()
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
     def vjp(self, fn: Callable[[Array], Array], x: Array) -> tuple[Array, Pullback]:
         y, pullback = torch.func.vjp(fn, x)
