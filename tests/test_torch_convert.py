@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import math
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from oracles import chunked_path_sum
 
 import hbp
 
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
 nn = torch.nn
+from torch_oracles import Cuts  # noqa: E402 - it needs PyTorch
+
 pytest.importorskip("torch.utils.checkpoint")
 prune: Any = pytest.importorskip("torch.nn.utils.prune")
 
@@ -132,6 +138,48 @@ def test_a_loop_over_a_list(kind, way):
     hb.revert(model)
     close(gradients(model, way), expected, 0)
     assert all("forward" not in layer.__dict__ for layer in model.modules())
+
+
+@pytest.mark.parametrize("stacked", [False, None])
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("tensor", "plain"),
+        ("tensor", "slice"),
+        ("tensor", "context"),
+        ("tensor", "by name"),
+        ("tensor", "states"),
+        ("tensor", "early exit"),
+        ("tuple", "extras"),
+        ("named", "extras"),
+    ],
+)
+def test_iterates_are_path_sums_and_layers_pull_them_back_themselves(kind, way, chunk, stacked):
+    """At every k and for every parameter, also those outside the stack and those of what all layers read."""
+    torch.manual_seed(0)
+    model, cuts, gammas = Model(kind).double(), Cuts(), [0.1, 0.2, 0.0, 0.4, 0.5]
+    x = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(3, 2, 3)
+    hooks = cuts.register(model.layers)
+    loss = model(x, way)
+    for hook in hooks:
+        hook.remove()
+    J, c = cuts.problem(loss)
+    kept = 1 - np.array(gammas[1:] if way == "slice" else gammas)[: len(J)]
+    R, iterates = kept[:, None, None] * np.eye(c.shape[1]), []
+    named = dict(model.named_parameters())
+    stages = math.ceil(len(J) / chunk)
+    for k in range(stages + 1):
+        scalar = cuts.surrogate(loss, chunked_path_sum(R, J - R, c, k, chunk))
+        found = torch.autograd.grad(scalar, [*named.values()], allow_unused=True, retain_graph=True)
+        iterates.append({name: g for name, g in zip(named, found, strict=True) if g is not None and g.any()})
+    hb.convert(model, damping=gammas, chunk=chunk, stacked=stacked)
+    for k, expected in enumerate(iterates):
+        hb.set_iterations(model, k)
+        found = gradients(model, way)
+        close({name: g for name, g in found.items() if name in named and g.any()}, expected)
+    for a, b in pairwise(iterates):  # no other iterate would have passed
+        assert max((a[name] - b[name]).abs().max() / b[name].abs().max() for name in b) > 1e-4
 
 
 def test_iterates_are_those_of_a_stack_built_by_hand():

@@ -1,20 +1,24 @@
-"""hb.Sequential: exact at k = L for every kind of layer, the core's iterate at every smaller k."""
+"""hb.Sequential: exact at k = L for every kind of layer, iterate k's path sums at every smaller one."""
 
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import re
-from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
+from oracles import chunked_path_sum
 
 import hbp
 
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
 nn = torch.nn
+from torch_oracles import Cuts  # noqa: E402 - it needs PyTorch
 
 D, L = 4, 5
 
@@ -92,34 +96,63 @@ def test_values_are_those_of_the_layers_and_enough_iterations_are_exact(name, st
         assert model.path == "stacked" if stacked is None and name in EQUAL else model.path.startswith("loop")
 
 
+def residual_matrices(layers: Any, cuts: Cuts, replaced: Any, damping: Any) -> np.ndarray:
+    """The residual maps of a run by their definition, on flattened states, (L, n, n)."""
+    maps = []
+    for i, layer in enumerate(layers):
+        x, y = cuts.starts[i].detach(), cuts.ends[i].detach()
+        diagonal = torch.ones_like(y)
+        if replaced is not None:
+            diagonal = replaced[i] * diagonal
+        elif isinstance(layer, hb.PostNorm):
+            total = (x + layer.block(x)).detach()
+            diagonal = layer.norm.weight.detach() / (total.var(-1, correction=0, keepdim=True) + layer.norm.eps).sqrt()
+        elif getattr(layer, "rectified", False):
+            diagonal = (y > 0).double()
+        gamma = damping[i] if isinstance(damping, list) else damping
+        maps.append((1 - gamma) * np.diag(diagonal.numpy().reshape(-1)))
+    return np.stack(maps)
+
+
+SCALES = np.array([0.5, -0.25, 0.75, 1.0, 0.0])
+SPLITS = {
+    "own": (0, None, None),
+    "damped": (0.2, None, None),
+    "damped each": ([0.1, 0.2, 0.3, 0.4, 0.5], None, None),
+    "fixed point": (0, hbp.Zero(), np.zeros(L)),
+    "damped identity": (0.5, hbp.Identity(), np.ones(L)),
+    "numbers": (0.1, hbp.Scalar(torch.from_numpy(SCALES)), SCALES),
+}
+ITERATES = ["pre-activation", "rectified", "mixed", "post-norm", "plain layers", "one layer five times",
+            "one weight in all layers"]  # fmt: skip
+
+
 @pytest.mark.parametrize("stacked", [False, None])
 @pytest.mark.parametrize("chunk", [1, 2])
-@pytest.mark.parametrize(("damping", "replaced"), [(0, None), (0.2, None), (0, hbp.Zero()), (0.5, hbp.Identity())])
-@pytest.mark.parametrize("name", ["pre-activation", "rectified", "mixed", "post-norm", "plain layers"])
-def test_iterates_are_those_of_the_core(name, damping, replaced, chunk, stacked):
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", ITERATES)
+def test_iterates_are_path_sums_and_layers_pull_them_back_themselves(name, split, chunk, stacked):
+    """At every k, with the gradients of all parameters: g[i+1] of iterate k, pulled back by layer i's own autograd."""
     torch.manual_seed(0)
-    layers = STACKS[name]()
-    model = hb.Sequential(*layers, chunk=chunk, damping=damping, residual=replaced, stacked=stacked).double()
-    x = inputs(name)
-
-    def residual_map(i: int, state: Any, y: Any) -> Any:
-        if replaced is not None:
-            return replaced.scaled(1 - damping)
-        if name == "post-norm":
-            total = state + layers[i].block(state)
-            scale = layers[i].norm.weight / (total.var(-1, correction=0, keepdim=True) + layers[i].norm.eps).sqrt()
-            return hbp.Diagonal((1 - damping) * scale.detach())
-        mask = (y > 0).double() if getattr(layers[i], "rectified", False) else torch.ones_like(y)
-        return hbp.Diagonal((1 - damping) * mask)
-
-    y, chain = hb.linearize_layers([partial(hb.vjp, layer) for layer in layers], x, residual_map)
-    exact = gradients(model, x)[1][0]
-    for k in range(L):
-        model.iterations = k
-        found = gradients(model, x)[1][0]
-        close([found], [hb.highway(chain, torch.cos(y.detach()), k, chunk=chunk)[0]])
-        if k == 0:
-            assert (found - exact).abs().max() > 1e-4 * exact.abs().max()
+    damping, residual, replaced = SPLITS[split]
+    plain = nn.Sequential(*STACKS[name]()).double()
+    model = hb.Sequential(*plain, chunk=chunk, damping=damping, residual=residual, stacked=stacked)
+    x, cuts = torch.randn(2, 2, D, dtype=torch.float64, requires_grad=True), Cuts()
+    hooks = cuts.register(list(dict.fromkeys(plain)))
+    loss = torch.sin(plain(x)).sum()  # its cotangent is what `gradients` gives
+    for hook in hooks:
+        hook.remove()
+    R, (J, c) = residual_matrices(list(plain), cuts, replaced, damping), cuts.problem(loss)
+    stages, iterates, wanted = math.ceil(L / chunk), [], [x, *plain.parameters()]
+    for model.iterations in range(stages + 1):
+        g = chunked_path_sum(R, J - R, c, model.iterations, chunk)
+        expected = torch.autograd.grad(cuts.surrogate(loss, g), wanted, retain_graph=True)
+        close(gradients(model, x)[1], expected)
+        iterates.append(torch.cat([g.flatten() for g in expected[1:]]))
+    if stacked is None and name in EQUAL:
+        assert model.path == "stacked"
+    for a, b in pairwise(iterates[:stages]):  # parameters come after x[0], so theirs are exact one iterate earlier
+        assert (a - b).abs().max() > 1e-5 * b.abs().max()  # no other iterate would have passed
 
 
 class Scaled(nn.Linear):
