@@ -32,6 +32,11 @@ class LinearOperator:
         return self
 
     @property
+    def length(self) -> int | None:
+        """The number of maps, or None for a stack of any length."""
+        return next((len(array) if array.ndim else 0 for array in self.arrays), None)
+
+    @property
     def arrays(self) -> tuple[Array, ...]:
         """The arrays this stack is made of (none for `Identity`, `Zero` and a `Scalar` given as a number)."""
         return tuple(value for value in vars(self).values() if hasattr(value, "shape"))
