@@ -475,6 +475,8 @@ def test_reports_of_what_is_not_finite(bad):
         ((1.0, 1.1), (1.0, 2.1), False),  # growing, but with the solution
         ((1.0, 1.1), (1.0, 0.1), True),
         ((1.0, 0.5, 0.6), (1.0, 1.5, 0.5), True),
+        ((1.0, 2.0), (1.0, 2.0), False),  # growing, as large as the solution and not past it
+        ((1.0, 1.0), (1.0, 0.5), False),  # past the solution, but not growing
     ],
 )
 def test_divergence_is_growth_past_the_solution(increments, sizes, diverges):

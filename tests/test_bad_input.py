@@ -128,6 +128,18 @@ def test_one_residual_map_per_layer(kind, length):
         refused([lambda f=linearize: f([half] * 4, np.ones((2, 3)), residual)], ValueError, message)
 
 
+@pytest.mark.parametrize(
+    "operator", [Scalar(np.array(0.5)), Diagonal(np.array(0.5)), Dense(np.array(0.5)), Pair(*[np.array(0.5)] * 2)]
+)
+def test_a_stack_of_maps_has_an_axis_of_layers(operator):
+    message = rf"the residual {type(operator).__name__} is a 0-d array; give a Python number or one map per layer"
+    doors = [lambda: hbp.propagate(operator, np.ones((4, 2, 3)))]
+    for linearize in (hbp.linearize, hbp.linearize_layers):
+        doors.append(lambda f=linearize: f([half] * 3, np.ones((2, 3)), operator))
+    refused(doors, ValueError, message)
+    refused([lambda: LinearizedChain(CHAIN.pullbacks, operator)], ValueError, "give one map per layer")
+
+
 def test_the_maps_of_a_pair_have_one_length():
     refused(
         [
@@ -226,9 +238,21 @@ def test_blocks_return_a_state_and_a_pullback(result, error, message):
     refused([lambda: hbp.linearize_layers([half, result], X)], error, f"layer {message}|{message}")
 
 
+class Shaped:
+    """Something with a shape that is no array."""
+
+    shape = X.shape
+
+
+class Typed:
+    dtype = X.dtype
+
+
 @pytest.mark.parametrize(
     ("pullback", "error", "message"),
     [
+        (lambda _: Shaped(), TypeError, r"is a Shaped; expected an array of shape \(3,\)"),
+        (lambda _: Typed(), TypeError, "is a Typed; expected an array"),
         (lambda g: g[:2], ValueError, r"has shape \(2,\), expected \(3,\)"),
         (lambda g: g[None], ValueError, r"has shape \(1, 3\), expected \(3,\)"),
         (lambda g: g.sum(), ValueError, r"has shape \(\), expected \(3,\)"),

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -341,7 +342,32 @@ def test_a_broken_library_is_unusable_and_says_why(monkeypatch):
         hbp.use("numpy")
 
 
-def test_a_chain_coarsens_whatever_is_pinned(monkeypatch):
-    chain = hbp.LinearizedChain([lambda g: g] * 3, hbp.Diagonal(np.ones((3, 2))))
-    monkeypatch.setattr(registry, "_pinned", "torch")
-    assert len(chain.coarsen(2)) == 2
+@pytest.fixture
+def foreign(monkeypatch):
+    """The name of a backend that loads anywhere and owns nothing here."""
+    library, front_end = ModuleType("cupy"), ModuleType("hbp.backends.cupy")
+    library.ndarray = type("ndarray", (), {})
+    front_end.backend = SimpleNamespace(name="cupy", propagate=None)
+    monkeypatch.setitem(sys.modules, "cupy", library)
+    monkeypatch.setitem(sys.modules, "hbp.backends.cupy", front_end)
+    return "cupy"
+
+
+@pytest.mark.parametrize("pin", [hbp.use, hbp.using])
+@pytest.mark.parametrize("length", [6, 7])  # the last stage whole, and shorter
+def test_an_explicit_backend_coarsens_and_solves_whatever_is_pinned(length, pin, foreign, rng):
+    residual = hbp.Diagonal(rng.uniform(-1, 1, (length, 3)))
+    chain, x = hbp.LinearizedChain([lambda g: 0.5 * g] * length, residual), rng.normal(size=3)
+    expected = [hbp.highway(chain, x, k, chunk=3) for k in (0, 1)]
+    with pin(foreign) if pin is hbp.using else nullcontext(pin(foreign)):
+        with pytest.raises(TypeError, match="the backend is 'cupy' and the arrays belong to numpy"):
+            hbp.highway(chain, x, 1)
+        coarse = [chain.coarsen(3), chain.coarsen(3, "numpy"), chain.coarsen(3, load("numpy").backend)]
+        for k in (0, 1):
+            for found in [hbp.highway(one, x, k, backend="numpy") for one in coarse]:
+                np.testing.assert_allclose(found, expected[k][[*range(0, length, 3), length]], rtol=1e-14)
+            found = hbp.highway(chain, x, k, chunk=3, backend="numpy")
+            np.testing.assert_array_equal(found, expected[k])
+        assert len(hbp.report(chain, x, chunk=3, backend="numpy").sizes) == len(coarse[0]) + 1
+        stages = [it.iteration for it in hbp.iterates(chain, x, chunk=3, backend="numpy")]
+        assert stages == list(range(len(coarse[0]) + 1))

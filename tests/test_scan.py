@@ -206,5 +206,7 @@ def test_scans_with_a_carry(reverse, n, library, rng):
 
 
 def test_scans_run_forward_by_default(library):
-    found = library.front_end.backend.scan(lambda h, i: h + i, library.array(np.float64([1.0])), 4)
-    np.testing.assert_array_equal(library.numpy(found)[:, 0], [1.0, 2.0, 4.0, 7.0])
+    own, start = library.front_end.backend, library.array(np.float64([1.0]))
+    for scan in (own.scan, partial(loop, backend=own)):
+        found = scan(lambda h, i: h + i, start, 4)
+        np.testing.assert_array_equal(library.numpy(found)[:, 0], [1.0, 2.0, 4.0, 7.0])
