@@ -77,3 +77,15 @@ def jacobian(f: Callable[[Any], Any], x: Any) -> np.ndarray:
     """The Jacobian of f at x by the library's autograd, on flattened states."""
     found = torch.autograd.functional.jacobian(f, x.detach())
     return found.reshape(x.numel(), x.numel()).numpy()
+
+
+def opened(layer: Any) -> Any:
+    """A GRU or LSTM with gates so open, and recurrent weights so large, that the blocks carry much."""
+    gates = [3.0, -3.0, 0.0] if "GRU" in type(layer).__name__ else [2.0, 0.0, 0.0, 2.0]
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if name.startswith("weight_hh"):
+                p.mul_(2)
+            if name.startswith("bias_ih"):
+                p.add_(torch.tensor(gates).repeat_interleave(layer.hidden_size).to(p))
+    return layer
