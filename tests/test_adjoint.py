@@ -621,7 +621,8 @@ def test_half_precision_in_is_half_precision_out():
         assert g.dtype == np.float16
         stages = [3] * 66 + [2] if "chunk" in options else [1] * 200
         expected = R**200 * (1 + sum((1 + B / R) ** n - 1 for n in stages))  # all residual, or through one block
-        np.testing.assert_allclose(g[0].astype(float), expected, rtol=2e-3)
+        tolerance = 1e-2 if "chunk" in options else 2e-3  # a stage's block is a difference of two rounded maps
+        np.testing.assert_allclose(g[0].astype(float), expected, rtol=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
