@@ -17,6 +17,7 @@ from hbp.core.registry import load
 
 NAMES = ("numpy", "cupy", "torch", "jax")
 ON_GPU = ("cupy", "torch-cuda", "jax-gpu")
+collect_ignore = ["mutants.py"]  # a tool with packages of its own
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from oracles import chunked_path_sum
+from torch_oracles import Cuts
 
 import hbp
 
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
 nn = torch.nn
-from torch_oracles import Cuts  # noqa: E402 - it needs PyTorch
 
 pytest.importorskip("torch.utils.checkpoint")
 prune: Any = pytest.importorskip("torch.nn.utils.prune")

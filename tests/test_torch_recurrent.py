@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch_oracles import opened
 
 import hbp
 
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
-from torch_oracles import opened  # noqa: E402 - it needs PyTorch
 
 KINDS = ("GRU", "LSTM")
 T, B, I, H = 9, 4, 3, 5  # noqa: E741

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from oracles import chunked_path_sum
+from torch_oracles import Cuts
 
 import hbp
 
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
 nn = torch.nn
-from torch_oracles import Cuts  # noqa: E402 - it needs PyTorch
 
 D, L = 4, 5
 
