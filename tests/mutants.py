@@ -123,7 +123,7 @@ def places(path: Path) -> list[Place]:
 
 
 def chosen(found: list[Place], count: int, equivalent: set[tuple[str, str]]) -> list[Mutant]:
-    """The first ``count`` mutants that are none of the equivalent ones, 0 for all; says which of those are not there."""
+    """The first ``count`` mutants not known as equivalent, 0 for all, which says what is known and not there."""
     mutants: dict[str, Mutant] = {}
     seen = set()
     for place in found:
