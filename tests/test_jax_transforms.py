@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from types import SimpleNamespace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np

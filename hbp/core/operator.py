@@ -87,8 +87,7 @@ class LinearOperator:
         if array.ndim == 0:
             raise ValueError(f"the residual {type(self).__name__} is a 0-d array; give a number, or one map per layer")
         self.check_length(length)
-        own = tuple(array.shape[1:])
-        self._check(array, own, like)
+        self._check(array, own := tuple(array.shape[1:]), like)
         if dtype_name(array) == "bool":
             array = array + zero(like, backend)
         return array.reshape((length,) + (1,) * (len(self._target(like)[0]) - len(own)) + own)

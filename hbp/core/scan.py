@@ -54,8 +54,7 @@ def hillis_steele(operator: LinearOperator, c: Array, backend: Backend) -> Array
     they must be; the composed maps are applied to ``c[L]`` at the end.
     """
     length = len(c) - 1
-    maps = Affine(one_each(operator, length, c[-1], backend), c[:-1])
-    shift = 1
+    maps, shift = Affine(one_each(operator, length, c[-1], backend), c[:-1]), 1
     while shift < length:
         head, tail = maps[: length - shift] @ maps[shift:], maps[length - shift :]
         offset = backend.concat([head.offset, tail.offset])
