@@ -566,6 +566,17 @@ def test_lstm_states_are_pairs(rng: np.random.Generator) -> None:
             pullback(d)
 
 
+@both_cells
+@pytest.mark.parametrize("size", [(3, 0, 2, 2), (3, 2, 0, 2), (3, 2, 2, 0), (3, 0, 0, 0)])
+@pytest.mark.parametrize("k", [None, 0, 2])
+def test_nothing_has_gradients_of_zero(cell: Cell, size: Any, k: int | None, rng: np.random.Generator) -> None:
+    given = problem(cell, rng, size)
+    _, pull, _ = cell.run(*given.given)
+    dp, dx, ds0 = pull(given.d, iterations=k)
+    assert [g.shape for g in (*dp, dx, ds0)] == [a.shape for a in (*given.p, given.x, given.s0)]
+    assert size[1] or not any(g.any() for g in dp)
+
+
 def test_parameters_are_those_of_the_cell(rng: np.random.Generator) -> None:
     given, h0 = problem(GRU, rng, (4, 3, 3, 2)), np.zeros((3, 2))
     with pytest.raises(TypeError, match=r"params is a tuple; give the cell's parameters, as hbp\.cells\.GRUParameters"):

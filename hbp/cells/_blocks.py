@@ -24,7 +24,7 @@ def blocks_of(pullback: GRUPullback) -> list[tuple[int, GRUPullback]]:
     """The pullbacks of the blocks, each with its first step."""
     params, x, h = pullback.params, pullback.x, pullback.h
     _, batch, hidden = h.shape
-    size = max(BLOCK // (3 * hidden * max(batch, 1)), 8)
+    size = max(BLOCK // max(3 * hidden * batch, 1), 8)
     return [
         (a, GRUPullback(params, x[a : a + size], h[a - 1] if a else pullback.h0, h[a : a + size], pullback.backend))
         for a in range(0, len(x), size)

@@ -6,6 +6,7 @@ the threads they always use.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -110,7 +111,7 @@ def _own(x: Array, backend: Any) -> Array:
 
 def _rows(x: Array) -> np.ndarray:
     """All steps of all sequences as the rows of a NumPy matrix, without a copy."""
-    return as_numpy(x).reshape(-1, x.shape[-1])
+    return as_numpy(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _bias(bias: Array | None, rows: np.ndarray) -> np.ndarray:
