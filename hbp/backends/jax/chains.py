@@ -13,6 +13,7 @@ from jax import lax
 
 from hbp.backends.jax.array import JaxBackend
 from hbp.core.adjoint import highway
+from hbp.backends.jax.checks import check_draws
 from hbp.core.backend import Array, Backend, dtype_name
 from hbp.core.chain import LayerChain, products
 from hbp.core.operator import LinearOperator
@@ -90,8 +91,9 @@ def highway_states(
             return jax.vmap(partial(_stage, layer, shared, before[-1]))(_cut(rows, length, size), starts)
 
         starts = before[::size]
-        pull = jax.vjp(partial(stages, real), starts)[1]
         own = _at_ends(dy, size)  # what enters at the states from outside, (stages, size, ...)
+        check_draws(jax.make_jaxpr(lambda *at: jax.vjp(stages, *at)[1](own))(real, starts))
+        pull = jax.vjp(partial(stages, real), starts)[1]
         entering = jnp.concatenate([jnp.zeros_like(own[:1, -1]), own[:-1, -1]])
         if size > 1:
             entering = entering + pull(own.at[:, -1].set(0))[0]
@@ -137,7 +139,13 @@ class StagePullbacks(Pullbacks):
 
 def of_each(one: Callable[[Tree, Tree, Array, Array], LinearOperator]) -> Maps:
     """The residual maps of all layers, from a function that gives that of one."""
-    return jax.vmap(one, (None, 0, 0, 0))  # type: ignore[no-any-return]
+    every = jax.vmap(one, (None, 0, 0, 0))
+
+    def maps(*given: Any) -> LinearOperator:
+        check_draws(jax.make_jaxpr(every)(*given))
+        return every(*given)  # type: ignore[no-any-return]
+
+    return maps
 
 
 def _stage(layer: Layer, shared: Tree, safe: Array, rows: tuple[Tree, Array | None], start: Array) -> Array:
@@ -157,21 +165,21 @@ def _stage(layer: Layer, shared: Tree, safe: Array, rows: tuple[Tree, Array | No
 
 def _cut(rows: Tree, length: int, size: int) -> tuple[Tree, Array | None]:
     """Rows in stages, (stages, size, ...); the last is filled up, and then says which of its rows are there."""
-    missing = -length % size
+    missing, count = -length % size, -(-length // size)
 
     def cut(leaf: Array) -> Array:
         if missing:
             leaf = jnp.concatenate([leaf, jnp.broadcast_to(leaf[-1:], (missing, *leaf.shape[1:]))])
-        return leaf.reshape(-1, size, *leaf.shape[1:])
+        return leaf.reshape(count, size, *leaf.shape[1:])
 
-    return jax.tree.map(cut, rows), (jnp.arange(length + missing) < length).reshape(-1, size) if missing else None
+    return jax.tree.map(cut, rows), (jnp.arange(count * size) < length).reshape(count, size) if missing else None
 
 
 def _at_ends(dy: Array, size: int) -> Array:
     """Cotangents of all states in stages, the chain's last state at the end of its stage."""
     missing = -len(dy) % size
     filled = jnp.concatenate([dy[:-1], jnp.zeros((missing, *dy.shape[1:]), dy.dtype), dy[-1:]])
-    return filled.reshape(-1, size, *dy.shape[1:])
+    return filled.reshape(len(filled) // size, size, *dy.shape[1:])
 
 
 def as_varying_as(primal: Array, cotangent: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -66,6 +66,39 @@ def check_like(what: str, found: Any, state: Any) -> None:
                 f"{what} returns {new.dtype} of shape {new.shape}; its state is {jnp.result_type(old)} of shape "
                 f"{jnp.shape(old)}, and must keep both"
             )
+
+
+KEYED = {"random_bits", "random_split", "random_fold_in", "random_gamma"}
+UNKEYED = {"rng_bit_generator", "rng_uniform"}
+
+
+def check_draws(program: Any) -> None:
+    """Check that a program (a jaxpr) draws the same random numbers under `jax.vmap` as in a loop.
+
+    The backward computes all layers at once. Of JAX's generators only threefry gives every key its own numbers there;
+    the others draw one batch for all keys.
+
+    Raises:
+        ValueError: it draws by another generator.
+    """
+    for equation in _equations(program):
+        name = equation.primitive.name
+        by = str(equation.invars[0].aval.dtype) if name in KEYED else name
+        if name in UNKEYED or (name in KEYED and by != "key<fry>"):
+            raise ValueError(
+                f"the layers draw random numbers ({name} of {by}) that come out otherwise when the backward computes "
+                "all layers at once; give threefry keys, jax.random.key(seed, impl='threefry2x32'), or draw the "
+                "numbers outside of the layers, stacked for all of them"
+            )
+
+
+def _equations(program: Any) -> Iterator[Any]:
+    """All equations of a jaxpr, those of the programs within it included."""
+    for equation in program.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
 
 
 def closed(function: Callable[..., Any], *examples: Any) -> tuple[Callable[..., Any], list[Array]]:
