@@ -71,29 +71,29 @@ PLACES = [rows, shared, closed_over, in_a_scan, in_a_gate]
 
 
 def gradient(place: Any, key: Any, k: int | None, chunk: int = 1) -> Any:
-    return jax.grad(lambda w: jnp.sin(place(key, w, k, chunk)).sum())(weights())
+    return jax.jit(jax.grad(lambda w: jnp.sin(place(key, w, k, chunk)).sum()))(weights())
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
+def refused(place: Any, key: Any, k: int, chunk: int = 1) -> None:
+    with pytest.raises(ValueError, match=REFUSAL):
+        jax.eval_shape(lambda key: gradient(place, key, k, chunk), key)
+
+
 @pytest.mark.parametrize("place", PLACES)
-def test_threefry_draws_again_what_the_forward_drew(place, chunk):
+def test_threefry_draws_again_what_the_forward_drew(place):
     key = jax.random.key(1, impl="threefry2x32")
-    np.testing.assert_allclose(
-        gradient(place, key, L, chunk), gradient(place, key, None), rtol=0, atol=1e-12 * abs(weights()).max()
-    )
+    np.testing.assert_allclose(gradient(place, key, 3, 2), gradient(place, key, None), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-@pytest.mark.parametrize("impl", OTHERS)
 @pytest.mark.parametrize("place", PLACES)
-def test_other_generators_are_refused_where_gradients_are_taken(place, impl, chunk):
-    key = jax.random.key(1, impl=impl)
-    np.testing.assert_array_equal(place(key, weights(), 2, chunk), place(key, weights(), None))
+def test_other_generators_are_refused_where_gradients_are_taken(place):
+    for impl in OTHERS:
+        key = jax.random.key(1, impl=impl)
+        for k, chunk in ((0, 1), (L, 1), (3, 2)):
+            refused(place, key, k, chunk)
+    value = jax.jit(partial(place, k=2, chunk=2))(key, weights())
+    np.testing.assert_array_equal(value, jax.jit(partial(place, k=None))(key, weights()))
     assert jnp.isfinite(gradient(place, key, None)).all()
-    with pytest.raises(ValueError, match=REFUSAL):
-        gradient(place, key, L, chunk)
-    with pytest.raises(ValueError, match=REFUSAL):
-        jax.jit(partial(gradient, place, k=0, chunk=chunk))(key)
 
 
 @pytest.mark.parametrize("impl", OTHERS)
@@ -102,8 +102,7 @@ def test_raw_keys_are_of_the_generator_that_jax_is_set_to(impl):
         key = jax.random.PRNGKey(1)
         assert key.shape == (4,)
         for place in PLACES:
-            with pytest.raises(ValueError, match=REFUSAL):
-                gradient(place, key, L)
+            refused(place, key, L)
 
 
 @jax.custom_vjp
@@ -130,7 +129,7 @@ INSIDE = {
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_draws_are_found_wherever_they_are(name):
-    def place(key: Any, w: Any, k: int | None, chunk: int) -> Any:
+    def place(key: Any, w: Any, k: int | None, chunk: int = 1) -> Any:
         draw = INSIDE[name](lambda x, key: x * jax.random.uniform(key, x.shape, x.dtype))
 
         def layer(own: Any, x: Any) -> Any:
@@ -138,12 +137,11 @@ def test_draws_are_found_wherever_they_are(name):
 
         return hb.sequential(layer, (w, jax.random.split(key, L)), jnp.ones((2, D)), iterations=k, chunk=chunk)
 
-    with pytest.raises(ValueError, match=REFUSAL):
-        gradient(place, jax.random.key(1, impl="rbg"), L)
+    refused(place, jax.random.key(1, impl="rbg"), L)
 
 
 def test_a_residual_path_that_is_drawn():
-    def place(key: Any, w: Any, k: int | None, chunk: int) -> Any:
+    def place(key: Any, w: Any, k: int | None, chunk: int = 1) -> Any:
         def residual(own: Any, x: Any) -> Any:
             return hbp.Diagonal(jax.random.uniform(own[1], x.shape, x.dtype))
 
@@ -155,13 +153,12 @@ def test_a_residual_path_that_is_drawn():
             residual=residual,
         )
 
-    gradient(place, jax.random.key(1, impl="threefry2x32"), 1)
-    with pytest.raises(ValueError, match=REFUSAL):
-        gradient(place, jax.random.key(1, impl="rbg"), 1)
+    jax.eval_shape(lambda key: gradient(place, key, 1), jax.random.key(1, impl="threefry2x32"))
+    refused(place, jax.random.key(1, impl="rbg"), 1)
 
 
 def test_draws_outside_of_the_layers_may_be_of_any_generator():
-    def place(key: Any, w: Any, k: int | None, chunk: int) -> Any:
+    def place(key: Any, w: Any, k: int | None, chunk: int = 1) -> Any:
         kept = jax.random.bernoulli(key, 0.5, (L, 2, D))
         return hb.sequential(
             lambda own, x: x + jnp.tanh(x @ own[0]) * own[1], (w, kept), jnp.ones((2, D)), iterations=k
@@ -172,7 +169,7 @@ def test_draws_outside_of_the_layers_may_be_of_any_generator():
 
 
 def test_host_callbacks_are_called_for_each_layer():
-    def place(key: Any, w: Any, k: int | None, chunk: int) -> Any:
+    def place(key: Any, w: Any, k: int | None, chunk: int = 1) -> Any:
         def layer(own: Any, x: Any) -> Any:
             wanted = jax.ShapeDtypeStruct((), x.dtype)
             factor = jax.pure_callback(
