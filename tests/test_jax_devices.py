@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("jax")
 
-SCRIPT = """
+SETUP = """
 import re
 import sys
 from functools import partial
@@ -26,15 +26,7 @@ devices = int(sys.argv[1])
 assert len(jax.devices()) == devices
 L, B, D = 2 * devices, 8, 5
 rng = np.random.default_rng(0)
-params = {"w": jnp.asarray(0.5 * rng.normal(size=(L, D, D))), "b": jnp.asarray(rng.normal(size=(L, D)))}
 x, scale = jnp.asarray(rng.normal(size=(B, D))), jnp.asarray(rng.normal(size=D))
-mesh = Mesh(np.array(jax.devices()), ("i",))
-
-def layer(own, x, scale):
-    return x + scale * jnp.tanh(x @ own["w"] + own["b"])
-
-def mask(own, x):
-    return hbp.Diagonal(0.5 + 0.5 * (x > 0))
 
 def loss(run, *given):
     return jnp.sin(run(*given)).sum()
@@ -43,6 +35,25 @@ def close(found, expected):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.shape == b.shape
         assert float(abs(a - b).max()) <= 1e-11 * float(abs(b).max()), float(abs(a - b).max() / abs(b).max())
+
+def refused(message, run, *given):
+    try:
+        run(*given)
+    except (TypeError, ValueError) as error:
+        assert re.search(message, str(error)), error
+    else:
+        raise AssertionError(message)
+"""
+
+SPREAD = """
+params = {"w": jnp.asarray(0.5 * rng.normal(size=(L, D, D))), "b": jnp.asarray(rng.normal(size=(L, D)))}
+mesh = Mesh(np.array(jax.devices()), ("i",))
+
+def layer(own, x, scale):
+    return x + scale * jnp.tanh(x @ own["w"] + own["b"])
+
+def mask(own, x):
+    return hbp.Diagonal(0.5 + 0.5 * (x > 0))
 
 cases = [(None, 1, hbp.Identity(), True), (0, 1, hbp.Identity(), True), (1, 1, mask, True), (L, 1, mask, True)]
 cases += [(2, 2, hbp.Scalar(0.9), True), (2, 1, mask, False), (None, 1, mask, False), (1, 1, hbp.Zero(), True)]
@@ -90,26 +101,83 @@ expected = jax.grad(partial(loss, run), (0, 1, 2))(params, x, scale)
 sharded = jax.device_put(x, NamedSharding(mesh, P("i")))
 close(jax.jit(jax.grad(partial(loss, run), (0, 1, 2)))(params, sharded, scale), expected)
 
-try:
-    jax.shard_map(partial(run, axis_name="i", chunk=3), mesh=mesh, in_specs=(P("i"), P(), P()), out_specs=P())(
-        params, x, scale
-    )
-except ValueError as error:
-    assert "chunk=3 does not divide the 2 layers of each device" in str(error), error
-else:
-    raise AssertionError("a stage that crosses devices")
+def spread(axis="i", specs=P("i"), chunk=1):
+    run = partial(hb.sequential, layer, iterations=2, chunk=chunk, axis_name=axis)
+    return jax.shard_map(run, mesh=mesh, in_specs=(specs, P(), P()), out_specs=P())
+
+refused("chunk=3 does not divide the 2 layers of each device", spread(chunk=3), params, x, scale)
+refused("same on all devices along axis_name='i', so each would run all", spread(specs=P()), params, x, scale)
+refused("axis_name='j' names no mesh axis here .known: i.", spread("j"), params, x, scale)
+alone = partial(hb.sequential, layer, iterations=2, axis_name="i")
+refused("axis_name='i' names no mesh axis here .known: none.", alone, params, x, scale)
+each = jax.tree.map(lambda leaf: leaf[:, None], params)
+refused("names no mesh axis", jax.vmap(alone, (0, None, None), axis_name="i"), each, x, scale)
+print("all agree")
+"""
+
+TENSOR = """
+W = 6  # the width that is split: w is cut by columns, v by rows
+params = {"w": jnp.asarray(0.5 * rng.normal(size=(L, D, W))), "v": jnp.asarray(0.5 * rng.normal(size=(L, W, D)))}
+
+def layer(own, x, scale, sum=lambda a: a):
+    return x + scale * jnp.tanh(sum(jnp.tanh(x @ own["w"]) @ own["v"]))
+
+def mask(own, x):
+    return hbp.Diagonal(0.5 + 0.5 * (x > 0))
+
+def split(mesh, axis=None, x=P(), check=True, **options):
+    run = partial(hb.sequential, partial(layer, sum=lambda a: jax.lax.psum(a, "t")), axis_name=axis, **options)
+    specs = {"w": P(axis, None, "t"), "v": P(axis, "t")}
+    return jax.shard_map(run, mesh=mesh, in_specs=(specs, x, P()), out_specs=x, check_vma=check)
+
+def agree(mesh, axis=None, where=P(), check=True, **options):
+    run, spread = partial(hb.sequential, layer, **options), split(mesh, axis, where, check, **options)
+    expected = jax.jit(jax.value_and_grad(partial(loss, run), (0, 1, 2)))(params, x, scale)
+    close(jax.jit(jax.value_and_grad(partial(loss, spread), (0, 1, 2)))(params, x, scale), expected)
+
+tensor = Mesh(np.array(jax.devices()[:2]), ("t",))
+for k, chunk, residual in ((None, 1, hbp.Identity()), (1, 1, hbp.Identity()), (2, 3, hbp.Identity()), (2, 1, mask)):
+    agree(tensor, iterations=k, chunk=chunk, residual=residual)
+agree(tensor, check=False, iterations=1)
+agree(Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "t")), where=P("data"), iterations=1)
+depth = Mesh(np.array(jax.devices()).reshape(2, 2), ("i", "t"))
+for options in ({"iterations": None}, {"iterations": 1}, {"iterations": 1, "chunk": 2, "residual": mask}):
+    agree(depth, "i", **options)
+
+def own_maps(own, x):
+    return hbp.Diagonal(own["v"].sum() + 0 * x)
+
+refused("the residual maps vary over the mesh axes .'t'. and the states do not",
+        jax.grad(partial(loss, split(tensor, iterations=1, residual=own_maps))), params, x, scale)
+
+def cell(own, h, x, sum=lambda a: a):
+    update = sum(jnp.tanh(h @ own["w"]) @ own["v"])
+    return jax.nn.sigmoid(x + update), jnp.tanh(update)
+
+first = {"w": params["w"][0], "v": params["v"][0]}
+xs = jnp.asarray(rng.normal(size=(6, B, D)))
+for k in (None, 2):
+    run = lambda own, x, xs, **options: hb.scan(partial(cell, **options), own, x, xs, iterations=k)[1]
+    spread = jax.shard_map(partial(run, sum=lambda a: jax.lax.psum(a, "t")), mesh=tensor,
+                           in_specs=({"w": P(None, "t"), "v": P("t")}, P(), P()), out_specs=P())
+    expected = jax.jit(jax.grad(partial(loss, run), (0, 1, 2)))(first, x, xs)
+    close(jax.jit(jax.grad(partial(loss, spread), (0, 1, 2)))(first, x, xs), expected)
 print("all agree")
 """
 
 
-@pytest.mark.parametrize("devices", [4, 8])
-def test_host_devices(devices):
+@pytest.mark.parametrize(("script", "devices"), [(SPREAD, 4), (SPREAD, 8), (TENSOR, 4)], ids=["4", "8", "tensor"])
+def test_host_devices(script, devices):
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
     }
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(devices)], env=environment, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", SETUP + script, str(devices)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert "all agree" in run.stdout

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from hbp.backends.jax.array import JaxBackend
+from hbp.backends.jax.checks import check_draws, check_maps_vary
 from hbp.core.adjoint import highway
-from hbp.backends.jax.checks import check_draws
 from hbp.core.backend import Array, Backend, dtype_name
 from hbp.core.chain import LayerChain, products
 from hbp.core.operator import LinearOperator
@@ -83,8 +83,9 @@ def highway_states(
         real, fixed, x, start, y = saved
         before, length = jnp.concatenate([start[None], y[:-1]]), len(y)
         size = min(solver.chunk, length)
-        residual = maps(*joined(real, fixed), before, y).bind(length, start, BACKEND)
-        residual = products(residual, length, size, start, BACKEND)
+        residual = maps(*joined(real, fixed), before, y)
+        check_maps_vary(set().union(*map(mesh_axes, residual.arrays)), mesh_axes(y))
+        residual = products(residual.bind(length, start, BACKEND), length, size, start, BACKEND)
 
         def stages(real: list[Array], starts: Array) -> Array:
             shared, rows = joined(real, fixed)
@@ -184,19 +185,30 @@ def _at_ends(dy: Array, size: int) -> Array:
 
 def as_varying_as(primal: Array, cotangent: Array) -> Array:
     """A cotangent, summed over those mesh axes of a `jax.shard_map` over which only it varies."""
-    axes = tuple(_axes(cotangent) - _axes(primal))
+    axes = tuple(mesh_axes(cotangent) - mesh_axes(primal))
     return lax.psum(cotangent, axes) if axes else cotangent
+
+
+def settled(run: Callable[[Tree], Tree], state: Tree) -> tuple[Tree, Tree]:
+    """A first state, counted as varying over all mesh axes over which those that ``run`` makes of it vary; their shape.
+
+    What ``run`` sums over an axis inside itself, as tensor-parallel layers do, does not vary over it.
+    """
+    found = jax.eval_shape(run, state)
+    wider = jax.tree.map(lambda leaf: varying(leaf, state, found), state)
+    same = all(a is b for a, b in zip(jax.tree.leaves(wider), jax.tree.leaves(state), strict=True))
+    return (state, found) if same else settled(run, wider)
 
 
 def varying(x: Array, *like: Tree) -> Array:
     """An array, counted as varying over all mesh axes of a `jax.shard_map` over which anything in some trees does."""
-    axes = tuple(set().union(*map(_axes, jax.tree.leaves(like))) - _axes(x))
+    axes = tuple(set().union(*map(mesh_axes, jax.tree.leaves(like))) - mesh_axes(x))
     if not axes:
         return x
     return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
 
 
-def _axes(x: Array) -> set[Any]:
+def mesh_axes(x: Array) -> set[Any]:
     """The mesh axes over which an array varies, as far as JAX keeps account of them."""
     kind: Any = jax.typeof(x) if hasattr(jax, "typeof") else None
     return set(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))

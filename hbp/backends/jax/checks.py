@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from numbers import Number
 from typing import Any
 
 import jax
@@ -29,14 +30,26 @@ def static_solver(solver: Solver | None, iterations: Any, chunk: Any, tolerance:
     return watched(Solver.of(solver, iterations=chosen, chunk=chunk, tolerance=tolerance).fixed())
 
 
+def check_function(what: str, function: Any, signature: str) -> None:
+    """Check that something can be called (TypeError)."""
+    if not callable(function):
+        raise TypeError(f"{what} is a {type(function).__name__}; give a function, {signature}")
+
+
 def check_stacked(what: str, tree: Any, rows: str = "layers") -> int:
     """The length of the leading axis that all arrays of a tree share.
 
     Raises:
+        TypeError: a leaf is no array.
         ValueError: there are no arrays, or they share none.
     """
     lengths: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not hasattr(leaf, "shape") and not isinstance(leaf, Number):
+            raise TypeError(
+                f"{what}{jax.tree_util.keystr(path)} is a {type(leaf).__name__}; give arrays, those of all {rows} "
+                "stacked on axis 0"
+            )
         shape = jnp.shape(leaf)
         if not shape:
             raise ValueError(
@@ -66,6 +79,15 @@ def check_like(what: str, found: Any, state: Any) -> None:
                 f"{what} returns {new.dtype} of shape {new.shape}; its state is {jnp.result_type(old)} of shape "
                 f"{jnp.shape(old)}, and must keep both"
             )
+
+
+def check_maps_vary(maps: set[Any], states: set[Any]) -> None:
+    """Check that residual maps vary over no mesh axes over which the states do not (ValueError)."""
+    if maps - states:
+        raise ValueError(
+            f"the residual maps vary over the mesh axes {sorted(maps - states)} and the states do not; give maps that "
+            "are the same on all devices that share a state"
+        )
 
 
 KEYED = {"random_bits", "random_split", "random_fold_in", "random_gamma"}

@@ -10,10 +10,32 @@ import jax.numpy as jnp
 from jax import lax
 
 from hbp.backends.jax.array import JaxBackend
-from hbp.backends.jax.chains import Layer, Tree, in_turn, varying
+from hbp.backends.jax.chains import Layer, Tree, in_turn, mesh_axes, varying
 from hbp.core.backend import Array
 from hbp.core.chain import products
 from hbp.core.operator import LinearOperator
+
+
+def check_axis(axis: Any, params: Tree) -> None:
+    """Check that an axis, or several, are of a mesh, and that the layers' parameters are split over them.
+
+    Raises:
+        ValueError: they are not, as far as JAX keeps account of it.
+    """
+    names = axis if isinstance(axis, tuple) else (axis,)
+    mesh = jax.sharding.get_abstract_mesh().axis_names
+    if not set(names) <= set(mesh):
+        raise ValueError(
+            f"axis_name={axis!r} names no mesh axis here (known: {', '.join(map(str, mesh)) or 'none'}); call inside "
+            "jax.shard_map with an axis of its mesh: jax.vmap's axes are no devices"
+        )
+    counted = mesh_axes(lax.axis_index(names))  # none under check_vma=False
+    split: set[Any] = set().union(*map(mesh_axes, jax.tree.leaves(params)))
+    if not set(names) & counted <= split:
+        raise ValueError(
+            f"params are the same on all devices along axis_name={axis!r}, so each would run all layers again; split "
+            f"them on axis 0, in_specs=P({axis!r})"
+        )
 
 
 class DepthParallel(JaxBackend):
@@ -40,7 +62,6 @@ class DepthParallel(JaxBackend):
     def run(self, layer: Layer, shared: Tree, rows: Tree, x: Array) -> tuple[Array, Array]:
         """The first state of this device's layers and those after each of them; devices work in turn."""
         here = lax.axis_index(self.axis)
-        x = varying(x, here, shared, rows)
 
         def at_work(state: Array) -> tuple[Array, Array]:
             return in_turn(layer, shared, rows, state)

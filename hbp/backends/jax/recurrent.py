@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from hbp import cells
-from hbp.backends.jax.chains import BACKEND, Tree, as_varying_as, highway_states, in_turn, of_each, varying
-from hbp.backends.jax.checks import check_stacked, check_state, closed, static_solver
+from hbp.backends.jax.chains import BACKEND, Tree, as_varying_as, highway_states, in_turn, of_each, settled, varying
+from hbp.backends.jax.checks import check_function, check_stacked, check_state, closed, static_solver
 from hbp.cells._common import check_cell
 from hbp.core.backend import Array
 from hbp.core.operator import Diagonal
@@ -54,20 +54,21 @@ def scan(
     ((5, 3), True)
     """
     how = static_solver(solver, iterations, chunk, tolerance)
+    check_function("cell", cell, "(params, h, x) -> (gate, update)")
     h0, length = jnp.asarray(h0), check_stacked("xs", xs, "steps")
     check_state("h0", h0)
     if not length:
         return h0, jnp.zeros((0, *h0.shape), h0.dtype)
-    h0 = varying(h0, params, xs)
     first = jax.tree.map(lambda leaf: leaf[0], xs)
-    _check_cell(jax.eval_shape(cell, params, h0, first), h0)
+    h0, found = settled(lambda h: cell(params, h, first), h0)
+    _check_cell(found, h0)
     if reverse:
         xs = jax.tree.map(lambda leaf: jnp.flip(leaf, 0), xs)
     own, captured = closed(cell, params, h0, first)
 
     def layer(both: tuple[Tree, list[Array]], row: Tree, h: Array) -> Array:
         gate, update = own(both[0], h, row, both[1])
-        return gate * h + update
+        return varying(gate * h + update, h)
 
     def maps(both: tuple[Tree, list[Array]], row: Tree, h: Array, _: Array) -> Diagonal:
         return Diagonal(own(both[0], h, row, both[1])[0])

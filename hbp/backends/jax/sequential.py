@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from hbp.backends.jax.chains import Tree, highway_states, in_turn, of_each, varying
-from hbp.backends.jax.checks import check_like, check_stacked, check_state, closed, static_solver
-from hbp.backends.jax.depth import DepthParallel
+from hbp.backends.jax.chains import Tree, highway_states, in_turn, of_each, settled, varying
+from hbp.backends.jax.checks import check_function, check_like, check_stacked, check_state, closed, static_solver
+from hbp.backends.jax.depth import DepthParallel, check_axis
 from hbp.core.backend import Array
 from hbp.core.operator import Identity, LinearOperator, Scalar, Zero
 from hbp.core.solver import Solver
@@ -63,25 +63,34 @@ def sequential(
     >>> jax.grad(loss)(jnp.ones((8, 3, 3))).shape
     (8, 3, 3)
     """
+    check_function("layer", layer, "(params[i], x) -> x")
+    if not isinstance(residual, LinearOperator):
+        check_function("residual", residual, "(params[i], x[i]) -> one map, or an operator, as hbp.Scalar(0.5)")
     x = jax.tree.map(jnp.asarray, x)
     how = static_solver(solver, iterations, chunk, tolerance)
     length = check_stacked("params", params)
+    if not jax.tree.leaves(x):
+        raise ValueError("x holds no arrays; give the first state")
     for path, leaf in jax.tree_util.tree_leaves_with_path(x):
         check_state(f"x{jax.tree_util.keystr(path)}", leaf)
     single = hasattr(x, "shape")
     if not single and not isinstance(residual, Identity | Scalar | Zero):
         raise TypeError("states that are pytrees take Identity(), Scalar(...) or Zero() as residual")
+    if axis_name is not None:
+        check_axis(axis_name, params)
     if not length:
         return x
     first = jax.tree.map(lambda leaf: leaf[0], params)
-    check_like("the layer", jax.eval_shape(layer, first, x, *shared), x)
+    if axis_name is not None:
+        x = jax.tree.map(lambda leaf: varying(leaf, jax.lax.axis_index(axis_name)), x)
+    x, found = settled(lambda x: layer(first, x, *shared), x)
+    check_like("the layer", found, x)
     flat, unravel = (x, lambda state: state) if single else ravel_pytree(x)
 
     def on_arrays(shared: Tree, row: Tree, state: Array) -> Array:
         found = layer(row, unravel(state), *shared)
-        return found if single else ravel_pytree(found)[0]
+        return varying(found if single else ravel_pytree(found)[0], state)
 
-    flat = varying(flat, params, shared, () if axis_name is None else jax.lax.axis_index(axis_name))
     depth = None if axis_name is None else DepthParallel(axis_name, plain=how.exact)
     run = in_turn if depth is None else depth.run
     if how.exact:
