@@ -122,6 +122,39 @@ def test_iterates_of_a_stack_are_path_sums(name, chunk):
         assert abs(one - other).max() > 1e-4 * abs(other).max()
 
 
+PATHS = {
+    "identity": (hbp.Identity(), lambda x: np.eye(3)),
+    "scalar": (hbp.Scalar(0.8), lambda x: 0.8 * np.eye(3)),
+    "diagonal": (lambda own, x: hbp.Diagonal(1 - 0.5 * x * x), lambda x: np.diag(1 - 0.5 * x * x)),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("name", PATHS)
+def test_gradients_of_all_parameters_are_sums_over_paths(name, chunk):
+    residual, map_at = PATHS[name]
+    w, b, x = arrays(12, (5, 3, 3), (5, 3), (3,))
+    states, R, J = [np.asarray(x)], [], []
+    for own, bias in zip(np.asarray(w), np.asarray(b), strict=True):
+        y = np.tanh(states[-1] @ own + bias)
+        R.append(map_at(states[-1]))
+        J.append(np.eye(3) + (1 - y * y)[:, None] * own.T)
+        states.append(states[-1] + y)
+    c = np.zeros((6, 3))
+    c[-1] = np.cos(states[-1])
+    for k in range(5):
+        g = chunked_path_sum(np.stack(R), np.stack(J) - np.stack(R), c, k, chunk)
+        dw, db = (np.zeros(leaf.shape) for leaf in (w, b))
+        for i in range(5):
+            own = jax.vjp(lambda own, i=i: layer(own, states[i]), {"w": w[i], "b": b[i]})[1](jnp.asarray(g[i + 1]))[0]
+            dw[i], db[i] = own["w"], own["b"]
+        run = partial(hb.sequential, layer, iterations=k, chunk=chunk, residual=residual)
+        close(
+            jax.jit(partial(gradient, run))({"w": w, "b": b}, x),
+            ({"w": jnp.asarray(dw), "b": jnp.asarray(db)}, jnp.asarray(g[0])),
+        )
+
+
 def test_states_may_be_trees_and_layers_may_close_over_what_needs_gradients():
     params, x = stack()
     (scale,) = arrays(1, (D,))
@@ -308,6 +341,61 @@ def test_numbers_for_states_and_no_steps():
     assert (last == recurrence()[1]).all()
 
 
+def test_empty_batches():
+    params, x = stack()
+    dparams, dx = gradient(partial(hb.sequential, layer, iterations=2, chunk=3), params, x[:0])
+    assert dx.shape == (0, D)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(dparams))
+    params, h0, xs = recurrence()
+    found = gradient(partial(hb.scan, cell, iterations=2, chunk=2), params, h0[:0], {"x": xs["x"][:, :0]})
+    assert not any(leaf.any() for leaf in jax.tree.leaves(found))
+    assert found[2]["x"].shape == (T, 0, I)
+
+
+def transforms() -> dict[str, Any]:
+    """Each transform as a function of its first state, (1, 2), and of k, over three layers or steps."""
+    w, xs, hidden = arrays(8, (3, 2, 2), (3, 1, 2), (2, 2))
+    grus = hbp.cells.GRUParameters(*arrays(9, (6, 2), (6, 2)))
+    lstms = hbp.cells.LSTMParameters(*arrays(10, (8, 2), (8, 2)))
+
+    def gated(w: Any, h: Any, x: Any) -> Any:
+        return jax.nn.sigmoid(h @ w + x), jnp.tanh(h @ w - x)
+
+    return {
+        "sequential": lambda x, k: hb.sequential(lambda w, x: x + jnp.tanh(x @ w), w, x, iterations=k),
+        "scan": lambda h, k: hb.scan(gated, hidden, h, xs, iterations=k)[1],
+        "gru": lambda h, k: hb.gru(grus, xs, h, iterations=k)[1],
+        "lstm": lambda h, k: hb.lstm(lstms, xs, (h, 2 * h), iterations=k)[1],
+    }
+
+
+@pytest.mark.parametrize("name", transforms())
+def test_second_derivatives_are_those_of_the_truncated_gradient(name):
+    run = transforms()[name]
+
+    def first(x: Any, k: int | None) -> Any:
+        return jax.grad(lambda x: jnp.sin(3 * run(x[None], k)).sum())(x)
+
+    at, step = jnp.asarray([0.3, -0.8]), 1e-5
+    exact = jax.jit(jax.jacfwd(partial(first, k=None)))(at)
+    for k in (1, 3):
+        hessian = jax.jit(jax.hessian(lambda x, k=k: jnp.sin(3 * run(x[None], k)).sum()))(at)
+        own = jax.jit(partial(first, k=k))
+        moved = [(own(at + step * e) - own(at - step * e)) / (2 * step) for e in jnp.eye(2)]
+        np.testing.assert_allclose(hessian, jnp.stack(moved, -1), rtol=0, atol=1e-8)
+        assert (abs(hessian - hessian.T).max() < 1e-12) == (k == 3)
+        assert (abs(hessian - exact).max() < 1e-12) == (k == 3)
+
+
+@pytest.mark.parametrize("name", transforms())
+def test_forward_mode_is_the_plain_programs(name):
+    run, (x, dx) = transforms()[name], arrays(11, (1, 2), (1, 2))
+    tangent = jax.jvp(partial(run, k=None), (x,), (dx,))[1]
+    np.testing.assert_allclose(tangent, (run(x + 1e-6 * dx, None) - run(x - 1e-6 * dx, None)) / 2e-6, atol=1e-8)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(partial(run, k=2), (x,), (dx,))
+
+
 def test_one_compilation_per_k():
     params, x = stack()
     traced = []
@@ -456,6 +544,19 @@ PARAMS, X = (lambda: stack()[0]), (lambda: stack()[1])
             TypeError,
             "residual returned a float; return one of hbp's operators",
         ),
+        (lambda: hb.sequential("layer", PARAMS(), X(), iterations=1), TypeError, "layer is a str; give a function"),
+        (lambda: hb.sequential(None, PARAMS(), X(), iterations=None), TypeError, "layer is a NoneType; give a func"),
+        (lambda: hb.sequential(layer, "params", X(), iterations=1), TypeError, "params is a str; give arrays"),
+        (lambda: hb.sequential(layer, PARAMS(), None, iterations=1), ValueError, "x holds no arrays"),
+        (lambda: hb.sequential(layer, PARAMS(), X(), iterations=1, residual=0.5),
+         TypeError, r"residual is a float; give a function, .* or an operator, as hbp.Scalar\(0.5\)"),
+        (lambda: hb.sequential(layer, PARAMS(), X(), iterations=1, residual=hbp.Diagonal(jnp.ones((3, D)))),
+         ValueError, "the residual Diagonal has 3 maps and the chain 7 layers"),
+        (lambda: hb.sequential(layer, PARAMS(), X(), iterations=1, axis_name="i"),
+         ValueError, "axis_name='i' names no mesh axis here .known: none.; call inside jax.shard_map"),
+        (lambda: jax.vmap(lambda p: hb.sequential(layer, p, X(), iterations=1, axis_name="i"), axis_name="i")(PARAMS()),
+         ValueError, "axis_name='i' names no mesh axis here"),
+        (lambda: hb.scan("cell", *recurrence(), iterations=1), TypeError, "cell is a str; give a function"),
         (lambda: hb.scan(lambda p, h, x: h, *recurrence(), iterations=1),
          TypeError, "the cell returns a .*; expected two"),
         (lambda: hb.scan(lambda p, h, x: (h, h[0]), *recurrence(), iterations=1),

@@ -33,6 +33,7 @@ def scan(
 
     The residual path is diag(gate), the block whatever h does by way of gate and update. A cell whose gate and update
     do not read h is exact at k = 0.
+    Random numbers, forward mode and second derivatives are as in `sequential`.
 
     Args:
         cell: a function; what it closes over may need gradients.
@@ -92,7 +93,7 @@ def gru(
 ) -> tuple[Array, Array]:
     """A GRU over (T, B, I) from (B, H), in PyTorch's parameter layout: ``(h_T, h)``, pulled back by Highway-BP.
 
-    Arguments as for `scan`.
+    Arguments, forward mode and second derivatives as for `scan`.
 
     >>> params = cells.GRUParameters(jnp.ones((9, 2)), jnp.ones((9, 3)))
     >>> loss = lambda params: gru(params, jnp.ones((5, 1, 2)), jnp.zeros((1, 3)), iterations=2)[0].sum()

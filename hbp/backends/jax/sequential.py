@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from hbp.backends.jax.chains import Tree, highway_states, in_turn, of_each, settled, varying
+from hbp.backends.jax.chains import BACKEND, Tree, highway_states, in_turn, of_each, settled, varying
 from hbp.backends.jax.checks import check_function, check_like, check_stacked, check_state, closed, static_solver
 from hbp.backends.jax.depth import DepthParallel, check_axis
 from hbp.core.backend import Array
@@ -35,10 +35,14 @@ def sequential(
     """Run ``x = layer(params[i], x, *shared)`` for all i; under `jax.grad` pull back by Highway-BP.
 
     The forward is one `jax.lax.scan`; what the layers compute is computed again in the backward, for all at once.
+    Random numbers drawn inside are drawn again: by threefry keys, other generators are refused.
+
+    With a finite k, forward mode (`jax.jvp`) is refused by JAX, and second derivatives (`jax.hessian`) are the
+    derivatives of the truncated gradient, symmetric and those of the loss from k = L only.
 
     Args:
         layer: whole layers, skip included, that keep the shape and dtype of their state. What it closes over may
-            need gradients.
+            need gradients. Inside `jax.shard_map` it may sum over mesh axes, as tensor-parallel layers do.
         params: a pytree of arrays stacked on axis 0; whatever differs from layer to layer belongs here.
         x: the first state, an array or a pytree of arrays of one dtype.
         shared: further arguments of each layer.
@@ -104,6 +108,7 @@ def sequential(
 
     maps: Any
     if isinstance(residual, LinearOperator):
+        residual.bind(length, flat, BACKEND)  # checked before any work
         held: Any = residual
         maps = lambda both, *_: both[2]  # noqa: E731
     else:
