@@ -85,7 +85,8 @@ class LinearOperator:
     def _aligned(self, array: Array, length: int, like: Array, backend: Backend) -> Array:
         """``array`` as (length, 1, ..., 1, its own axes), checked."""
         if array.ndim == 0:
-            raise ValueError(f"the residual {type(self).__name__} is a 0-d array; give a number, or one map per layer")
+            cure = "give a Python number or one map per layer"
+            raise ValueError(f"the residual {type(self).__name__} is a 0-d array; {cure}")
         self.check_length(length)
         self._check(array, own := tuple(array.shape[1:]), like)
         if dtype_name(array) == "bool":
