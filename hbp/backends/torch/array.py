@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hbp.backends._array import ArrayBackend
 from hbp.backends._kernels import CPU, CUDA_TORCH
+from hbp.backends.torch.autograd import transformed
 from hbp.core.backend import Array, Pullback
 from hbp.core.operator import Dense, LinearOperator, Scalar
 from hbp.core.scan import hillis_steele, sequential
@@ -50,7 +51,7 @@ class TorchBackend(ArrayBackend):
         return y, lambda cotangent: pullback(cotangent)[0]
 
     def kernel(self, name: str, *arrays: Tensor) -> Callable[..., Any] | None:
-        if _traced(*arrays) or not {type(array) for array in arrays} <= {Tensor, torch.nn.Parameter}:
+        if traced(*arrays) or not {type(array) for array in arrays} <= {Tensor, torch.nn.Parameter}:
             return None
         kinds, devices = {array.dtype for array in arrays}, {array.device.type for array in arrays}
         if devices == {"cuda"}:
@@ -69,7 +70,7 @@ class TorchBackend(ArrayBackend):
     def suffix_scan(self, operator: LinearOperator, c: Array) -> Array:
         if c.device.type != "cpu":
             return hillis_steele(operator, c, self)
-        if _traced(c, *operator.arrays) or isinstance(operator, Dense):
+        if traced(c, *operator.arrays) or isinstance(operator, Dense):
             return sequential(operator, c, self)
         g = c.clone(memory_format=torch.contiguous_format)
         if isinstance(operator, Scalar) and not operator.arrays:
@@ -84,13 +85,12 @@ class TorchBackend(ArrayBackend):
         return super().norm(x.detach())
 
 
-def _traced(*tensors: Tensor) -> bool:
-    """Whether somebody looks on: autograd in either mode, a transform of `torch.func`, a tracer, or the compiler."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+def traced(*tensors: Tensor) -> bool:
+    """Whether somebody looks on: autograd, a transform, the compiler, a dispatch mode, or a batch of cotangents."""
+    if transformed() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    forward = torch.autograd.forward_ad._current_level >= 0
-    return recorded or forward or any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+    return recorded or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))  # is_grads_batched=True
 
 
 def suffix_scan_(values: Tensor, g: Tensor) -> None:

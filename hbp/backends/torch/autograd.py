@@ -1,19 +1,29 @@
-"""What a call's arguments hold, and what its graph reaches."""
+"""What a call's arguments hold, what its graph reaches, and who else turns it into a program of its own."""
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 SWAPPING = threading.RLock()
 """Held where a module runs with other tensors in place of its parameters, which another thread must not see."""
+
+_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
+_REASON = "this backward pass is no traceable code and breaks the graph here; set fullgraph=False, or iterations=None"
+opaque = partial(
+    torch.compiler.disable,
+    **({"reason": _REASON} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}),
+)
+"""Decorates functions at which `torch.compile` breaks its graph."""
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -81,8 +91,47 @@ def foreign_leaf(ends: Sequence[Tensor], start: Tensor, known: Container[int]) -
 def autocast_of(x: Tensor) -> tuple[Callable[[], AbstractContextManager[Any]], torch.dtype]:
     """What makes contexts with the autocast state that now holds on x's device, and the precision that it implies."""
     kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):  # meta tensors
+        return nullcontext, x.dtype
     dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
     return partial(torch.autocast, kind, dtype, enabled), dtype if enabled else x.dtype
+
+
+def write_counter(x: Tensor) -> Tensor:
+    """An empty tensor whose ``_version`` grows with every write into x or a view of it; x's memory is not kept."""
+    counter = x.detach()
+    counter.data = x.new_empty(0)
+    return counter
+
+
+def transformed() -> str:
+    """Who turns the calls that now run into another program, which knows torch's own derivatives only; or "".
+
+    `torch.compile` does not count: it breaks its graph at `opaque` functions and calls them as they are.
+    """
+    if _exporting():
+        return "torch.export"
+    if torch.compiler.is_compiling() and get_proxy_mode() is None:
+        return ""
+    if torch.jit.is_tracing() or get_proxy_mode() is not None:
+        return "a tracer (torch.export, make_fx, torch.jit.trace)"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return "torch.func" if torch._C._functorch.peek_interpreter_stack() is not None else ""
+
+
+def refuse_transforms() -> None:
+    """Refuse to begin a backward pass by Highway-BP that a transform of the call would lose, or make exact unseen.
+
+    Raises:
+        RuntimeError: the call is transformed, with gradients.
+    """
+    by = transformed()
+    if by and (torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0):
+        raise RuntimeError(
+            f"{by} would lose the backward pass by Highway-BP; set iterations=None, torch's own graph, or use "
+            "torch.no_grad() where only values count"
+        )
 
 
 def refuse_second_derivatives(cure: str) -> None:

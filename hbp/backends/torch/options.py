@@ -56,6 +56,12 @@ class Scheduled:
         solver = self.solver.at(self.training_step)
         return solver if self.reports is None else replace(solver, watch=self.reports.append)
 
+    def __prepare_scriptable__(self) -> None:  # what torch.jit.script asks a module for first
+        raise RuntimeError(
+            f"torch.jit.script cannot compile hbp's {type(self).__name__}; load its state_dict into torch's own layer, "
+            "or use torch.export with iterations=None"
+        )
+
 
 def configure(module: nn.Module, setting: Solver | Row) -> None:
     """Set iterations, chunk and tolerance on all of this library's layers and converted stacks inside a module.

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from hbp.backends.torch.array import TorchBackend
-from hbp.backends.torch.autograd import SWAPPING, autocast_of, foreign_leaf, refuse_second_derivatives
+from hbp.backends.torch.autograd import (
+    SWAPPING,
+    autocast_of,
+    foreign_leaf,
+    opaque,
+    refuse_second_derivatives,
+    refuse_transforms,
+    write_counter,
+)
 from hbp.core.adjoint import highway
 from hbp.core.backend import Backend
 from hbp.core.chain import LinearizedChain
@@ -57,23 +65,44 @@ def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, c
     (torch.Size([5, 2, 3]), True)
     """
     solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance).fixed()
+    _check_input(cell, h0, xs)
+    if solver.exact or not torch.is_grad_enabled():
+        h = _states(cell, h0, xs)
+    else:
+        refuse_transforms()
+        h = _highway(cell, solver, h0, xs)
+    return h, h[-1].clone()  # whoever writes into one does not change the other
+
+
+def _check_input(cell: Any, h0: Any, xs: Any) -> None:
     if not callable(cell):
         raise TypeError(f"cell is a {type(cell).__name__}; give a function (h, x) -> (gate, update)")
-    if not len(xs):
+    for name, value in (("h0", h0), ("xs", xs)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; give a torch.Tensor")
+    if not h0.is_floating_point():
+        raise TypeError(f"h0 is {h0.dtype}; give real floating point numbers")
+    if not xs.dim() or not len(xs):
         raise ValueError(f"xs has shape {tuple(xs.shape)}; expected (T, B, ...) with at least one step")
+
+
+def _states(cell: Cell, h0: Tensor, xs: Tensor) -> Tensor:
+    """The states after each step, one by one."""
+    states = [h0]
+    for x in xs.unbind(0):  # indexing a tensor that needs gradients costs the whole sequence at every step
+        gate, update = _checked(cell(states[-1], x), states[-1])
+        states.append(gate * states[-1] + update)
+    return torch.stack(states[1:])
+
+
+@opaque  # one break of a compiled graph
+def _highway(cell: Cell, solver: Solver, h0: Tensor, xs: Tensor) -> Tensor:
     parameters = dict(cell.named_parameters()) if isinstance(cell, torch.nn.Module) else {}
-    tracked = torch.is_grad_enabled() and not solver.exact
-    if tracked:
-        tracked = _needs_gradients(cell, h0, xs, list(parameters.values()))
-    with torch.set_grad_enabled(torch.is_grad_enabled() and solver.exact):
-        states = [h0]
-        for x in xs.unbind(0):  # indexing a tensor that needs gradients costs the whole sequence at every step
-            gate, update = _checked(cell(states[-1], x), states[-1])
-            states.append(gate * states[-1] + update)
-        h = torch.stack(states[1:])
-    if tracked:
-        h = _GatedScan.apply(cell, solver, tuple(parameters), h0, xs, h, *parameters.values())
-    return h, h[-1]
+    if _needs_gradients(cell, h0, xs, list(parameters.values())):
+        found: Tensor = _GatedScan.apply(cell, solver, tuple(parameters), h0, xs, *parameters.values())
+        return found
+    with torch.no_grad():
+        return _states(cell, h0, xs)
 
 
 def _checked(pair: Any, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,15 +184,17 @@ class CellBlocks(Pullbacks):
 
 
 class _GatedScan(torch.autograd.Function):
-    """Initial state, inputs, states computed beforehand, parameters -> the states."""
+    """Initial state, inputs, parameters -> the states."""
 
     @staticmethod
     def forward(
-        ctx: Any, cell: Cell, solver: Solver, names: tuple[str, ...], h0: Tensor, xs: Tensor,
-        h: Tensor, *parameters: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, cell: Cell, solver: Solver, names: tuple[str, ...], h0: Tensor, xs: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        h = _states(cell, h0, xs)
         ctx.options = (cell, solver, names, *autocast_of(h))
-        ctx.save_for_backward(h0, xs, h, *parameters)
+        ctx.writes = write_counter(h)  # as in RecurrentLayer
+        ctx.written = ctx.writes._version
+        ctx.save_for_backward(h0, xs, h.data, *parameters)
         return h
 
     @staticmethod
@@ -180,6 +211,9 @@ class _GatedScan(torch.autograd.Function):
             with SWAPPING, autocast():
                 return torch.func.functional_call(cell, copies, (h, x)) if copies else cell(h, x)
 
+        if ctx.writes._version != ctx.written:
+            with torch.no_grad():
+                h = _states(call, h0, xs)
         blocks = CellBlocks(call, torch.cat([h0[None], h[:-1]]), x)
         before, gate, update = (part.detach() for part in blocks.graph)
         _check_alike(gate * before + update, h, precision)
@@ -189,4 +223,4 @@ class _GatedScan(torch.autograd.Function):
         leaves = tuple(leaf for leaf in (x, *parameters) if leaf.requires_grad)
         found = iter(blocks.pull(g[1:], leaves))
         dx, *dparameters = (next(found) if leaf.requires_grad else None for leaf in (x, *parameters))
-        return (None, None, None, g[0], dx, None, *dparameters)
+        return (None, None, None, g[0], dx, *dparameters)

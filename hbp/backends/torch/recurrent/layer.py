@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from hbp.backends.torch.autograd import refuse_second_derivatives
+from hbp.backends.torch.autograd import autocast_of, refuse_second_derivatives, write_counter
 from hbp.backends.torch.recurrent.adjoint import BACKEND
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 from hbp.core.operator import LinearOperator
@@ -17,24 +18,56 @@ from hbp.core.solver import Solver
 
 
 @dataclass(frozen=True)
-class Options:
-    """How one backward pass is computed; it travels on the autograd context, so nothing ambient is read."""
+class Vendor:
+    """The vendor's kernel for one layer, outside any graph."""
 
     lstm: bool
+    bias: bool
+    training: bool
+    bidirectional: bool
+
+    def __call__(
+        self, x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Outputs and final states, from inputs (T, B, I) or packed and initial states (directions, B, H).
+
+        In a mode with gradients, as the caller's is: on a CPU oneDNN has another kernel for the LSTM without.
+        """
+        run: Any = torch.lstm if self.lstm else torch.gru
+        initial = tuple(state.detach() for state in states)
+        hx = initial if self.lstm else initial[0]
+        # torch multiplies a strided input (batch_first) in another order where the weights need gradients; there they
+        # are seen to need them, and the graph of this is dropped at once.
+        strided = not x.is_contiguous()
+        flat = [weight.detach().requires_grad_(weight.requires_grad and strided) for weight in weights]
+        how = (self.bias, 1, 0.0, self.training, self.bidirectional)
+        x = x.detach()
+        with torch.enable_grad():
+            found = run(x, hx, flat, *how, False) if batch_sizes is None else run(x, batch_sizes, hx, flat, *how)
+        return tuple(output.detach() for output in found)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How one layer runs and is pulled back; it travels on the autograd context, so nothing ambient is read."""
+
+    vendor: Vendor
     solver: Solver
     residual: LinearOperator | None
 
 
 class RecurrentLayer(torch.autograd.Function):
-    """Inputs (T, B, I) or packed, initial states, the vendor's outputs and final states, weights -> the outputs."""
+    """Inputs (T, B, I) or packed, initial states, weights -> the vendor's outputs y, and final h (and c)."""
 
     @staticmethod
     def forward(ctx: Any, options: Options, batch_sizes: Tensor | None, x: Tensor, *tensors: Tensor) -> Any:
-        """Keep what the pullback needs and pass the outputs on: y, and the final h (and c)."""
-        count = 2 if options.lstm else 1
-        states, outputs, weights = tensors[:count], tensors[count : 2 * count + 1], tensors[2 * count + 1 :]
-        ctx.options, ctx.count = options, count
-        ctx.save_for_backward(batch_sizes, x, outputs[0], *states, *weights)
+        """Run the vendor's kernel and keep what the pullback needs."""
+        ctx.options, ctx.count = options, 2 if options.vendor.lstm else 1
+        outputs = options.vendor(x, batch_sizes, tensors[: ctx.count], tensors[ctx.count :])
+        # The caller may write into y, as into torch's own: the memory is shared all the same, and such a write noticed.
+        ctx.writes, ctx.autocast = write_counter(outputs[0]), autocast_of(x)[0]
+        ctx.written = ctx.writes._version
+        ctx.save_for_backward(batch_sizes, x, outputs[0].data, *tensors)
         return outputs
 
     @staticmethod
@@ -42,6 +75,9 @@ class RecurrentLayer(torch.autograd.Function):
         """The gradients of x, of the initial states and of the weights."""
         refuse_second_derivatives('iterations=None, exact="library"')
         batch_sizes, x, y, *rest = ctx.saved_tensors
+        if ctx.writes._version != ctx.written:
+            with ctx.autocast():
+                y = ctx.options.vendor(x, batch_sizes, rest[: ctx.count], rest[ctx.count :])[0]
         wide = torch.promote_types(y.dtype, rest[-1].dtype)  # autocast: the weights may be wider than the states
         given = (x, *rest)
         sequences, lengths = _padded((x, y, dy), batch_sizes)
@@ -77,7 +113,7 @@ class RecurrentLayer(torch.autograd.Function):
             dx = pack_padded_sequence(dx, lengths).data
         gradients = [dx, *map(torch.stack, dstates), *dweights]
         dx, *others = (d if d is None else d.to(like.dtype) for d, like in zip(gradients, given, strict=True))
-        return (None, None, dx, *others[: ctx.count], *[None] * (ctx.count + 1), *others[ctx.count :])
+        return (None, None, dx, *others)
 
 
 def _pull(
@@ -91,14 +127,14 @@ def _pull(
 ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
     """One direction by its cell's pullback: gradients of the weights, perhaps the inputs, and the initial states."""
     pullback: Any
-    if options.lstm:
+    if options.vendor.lstm:
         pullback = LSTMPullback(LSTMParameters(*weights), x, (states[0], states[1]), (h, None), BACKEND)
         given: Any = (cotangents[0], cotangents[1])
     else:
         pullback, given = GRUPullback(GRUParameters(*weights), x, states[0], h, BACKEND), cotangents[0]
     residual = None if options.solver.exact else options.residual  # exact under any split
     dparams, dx, initial = pullback(given, residual=residual, solver=options.solver, with_inputs=with_inputs)
-    return [d for d in dparams if d is not None], dx, initial if options.lstm else (initial,)
+    return [d for d in dparams if d is not None], dx, initial if options.vendor.lstm else (initial,)
 
 
 def _padded(sequences: tuple[Tensor, ...], batch_sizes: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:

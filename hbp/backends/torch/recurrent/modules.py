@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from hbp.backends.torch.autograd import opaque, refuse_transforms, transformed
 from hbp.backends.torch.options import Scheduled
 from hbp.backends.torch.recurrent.adjoint import BACKEND
-from hbp.backends.torch.recurrent.layer import Options, RecurrentLayer
+from hbp.backends.torch.recurrent.layer import Options, RecurrentLayer, Vendor
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
@@ -65,13 +66,18 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
             raise ValueError(f"exact={self.exact!r}; give 'adjoint', 'library', or None for the faster one")
         if self.residual is not None and not isinstance(self.residual, LinearOperator):
             raise TypeError(f"residual is a {type(self.residual).__name__}; give an operator, as hbp.Zero(), or None")
-        return Options(self.mode == "LSTM", self.current(), self.residual)
+        vendor = Vendor(self.mode == "LSTM", self.bias, self.training, self.bidirectional)
+        return Options(vendor, self.current(), self.residual)
 
     def exact_path(self, input: Any) -> Exact:  # noqa: A002
         """The exact backward that ``iterations=None`` means for such an input; ``self.exact`` pins it.
 
-        "adjoint", this library's without a graph, where it was measured faster, on a CPU. Else "library".
+        "adjoint", this library's without a graph, where it was measured faster, on a CPU. Else "library"; and always
+        where something transforms the call (`torch.func`, forward mode, a tracer, `torch.export`), which takes torch's
+        own graph only.
         """
+        if transformed():
+            return "library"
         if self.exact is not None:
             return self.exact
         packed = isinstance(input, PackedSequence)
@@ -88,14 +94,34 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
     def forward(self, input: Any, hx: Any = None) -> Any:  # noqa: A002 - the vendor's name
         options = self.options()
         self._update_flat_weights()  # as torch's forward does: others may have put new tensors in place of the weights
-        data = input.data if isinstance(input, PackedSequence) else input
-        given = () if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
+        data, given = self._checked(input, hx)
+        if not options.solver.exact:
+            refuse_transforms()
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *given, *self._flat_weights))
         if not tracked or (options.solver.exact and self.exact_path(input) == "library"):
             return super().forward(input, hx)
         return self._highway(input, given, options)
 
-    @torch.compiler.disable  # one break of a compiled graph: the backward is no traceable code
+    def _checked(self, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]]:  # noqa: A002
+        """The input's data and the initial states given, or none.
+
+        Raises:
+            TypeError, ValueError: they are no tensors, as many as belong there, or not of one dtype.
+        """
+        data = input.data if isinstance(input, PackedSequence) else input
+        if not isinstance(data, Tensor):
+            raise TypeError(f"the input is a {type(input).__name__}; give a torch.Tensor or a PackedSequence")
+        given = () if hx is None else tuple(hx) if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
+        count = 2 if self.mode == "LSTM" else 1
+        if given and (len(given) != count or not all(isinstance(state, Tensor) for state in given)):
+            wanted = "two tensors, (h, c)," if count == 2 else "one tensor"
+            raise TypeError(f"hx is a {type(hx).__name__}; give {wanted} of shape (layers x directions, B, H), or None")
+        for name, tensor in (("the weights", self._flat_weights[0]), *(("an initial state", state) for state in given)):
+            if tensor.dtype != data.dtype and not torch.is_autocast_enabled(data.device.type):
+                raise ValueError(f"the input is {data.dtype} and {name} {tensor.dtype}; cast one")
+        return data, given
+
+    @opaque  # one break of a compiled graph
     def _highway(self, input: Any, given: tuple[Tensor, ...], options: Options) -> Any:  # noqa: A002
         if isinstance(input, PackedSequence):
             order, back = input.sorted_indices, input.unsorted_indices
@@ -122,8 +148,6 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         """The initial states, (layers x directions, B, H) each, in the order of the batch, checked."""
         if x.data.shape[-1] != self.input_size:
             raise RuntimeError(f"the input has {x.data.shape[-1]} features, expected input_size={self.input_size}")
-        if not self._dtypes_agree(x.data):
-            raise ValueError(f"the input is {x.data.dtype} and the weights {self._flat_weights[0].dtype}; cast one")
         shape = (self.num_layers * (2 if self.bidirectional else 1), x.batch, self.hidden_size)
         if not given:
             zeros = torch.zeros(shape, dtype=x.data.dtype, device=x.data.device)
@@ -132,10 +156,6 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
             if tuple(state.shape) != shape:
                 raise RuntimeError(f"an initial state has shape {tuple(state.shape)}, expected {shape}")
         return tuple(state if order is None else state.index_select(1, order) for state in given)
-
-    def _dtypes_agree(self, x: Tensor) -> bool:
-        """Whether input and weights share a dtype, or autocast sees to it."""
-        return bool(x.dtype == self._flat_weights[0].dtype or torch.is_autocast_enabled(x.device.type))
 
     def _finals(self, finals: tuple[Tensor, ...], order: Tensor | None) -> Any:
         ordered = tuple(state if order is None else state.index_select(1, order) for state in finals)
@@ -153,26 +173,9 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
                 x = torch.nn.functional.dropout(x, self.dropout, self.training)
             weights = self._flat_weights[layer * count : (layer + 1) * count]
             own = tuple(state[layer * directions : (layer + 1) * directions] for state in states)
-            outputs = self._vendor(x, sequence.batch_sizes, own, weights)
-            x, *final = RecurrentLayer.apply(options, sequence.batch_sizes, x, *own, *outputs, *weights)
+            x, *final = RecurrentLayer.apply(options, sequence.batch_sizes, x, *own, *weights)
             finals.append(final)
         return x, tuple(torch.cat(state) for state in zip(*finals, strict=True))
-
-    def _vendor(
-        self, x: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], weights: list[Any]
-    ) -> tuple[Tensor, ...]:
-        """One layer by the vendor's kernel, outside any graph: outputs and final states."""
-        run: Any = torch.lstm if self.mode == "LSTM" else torch.gru
-        initial = tuple(state.detach() for state in states)
-        hx = initial if self.mode == "LSTM" else initial[0]
-        # torch multiplies a strided input (batch_first) in another order where the weights need gradients; there they
-        # are seen to need them, and the graph of this is dropped at once.
-        strided = not x.is_contiguous()
-        flat = [weight.detach().requires_grad_(weight.requires_grad and strided) for weight in weights]
-        how = (self.bias, 1, 0.0, self.training, self.bidirectional)
-        x = x.detach()
-        found = run(x, hx, flat, *how, False) if batch_sizes is None else run(x, batch_sizes, hx, flat, *how)
-        return tuple(output.detach() for output in found)
 
 
 class GRU(_Recurrent, torch.nn.GRU):

@@ -25,7 +25,9 @@ from hbp.backends.torch.autograd import (
     Swap,
     autocast_of,
     foreign_leaf,
+    opaque,
     refuse_second_derivatives,
+    refuse_transforms,
     tensors,
 )
 from hbp.backends.torch.options import Scheduled
@@ -88,7 +90,10 @@ class Stack(Scheduled):
 
     def tracks(self, *given: Any) -> bool:
         """Whether a call on these arguments is pulled back here; otherwise torch's own graph is as good."""
-        if self.current().exact or not torch.is_grad_enabled():
+        if self.current().exact:
+            return False
+        refuse_transforms()
+        if not torch.is_grad_enabled():
             return False
         return any(t.requires_grad for t in tensors(given)) or bool(self.trainable())
 
@@ -96,7 +101,7 @@ class Stack(Scheduled):
         """The parameters of all layers that need gradients."""
         return [p for layer in self.members() for p in layer.parameters() if p.requires_grad]
 
-    @torch.compiler.disable  # one break of a compiled graph per layer: the backward is no traceable code
+    @opaque  # one break of a compiled graph per layer
     def call(
         self, layer: nn.Module, target: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
