@@ -51,7 +51,7 @@ class TorchBackend(ArrayBackend):
         return y, lambda cotangent: pullback(cotangent)[0]
 
     def kernel(self, name: str, *arrays: Tensor) -> Callable[..., Any] | None:
-        if traced(*arrays) or not {type(array) for array in arrays} <= {Tensor, torch.nn.Parameter}:
+        if _traced(*arrays) or not {type(array) for array in arrays} <= {Tensor, torch.nn.Parameter}:
             return None
         kinds, devices = {array.dtype for array in arrays}, {array.device.type for array in arrays}
         if devices == {"cuda"}:
@@ -70,7 +70,7 @@ class TorchBackend(ArrayBackend):
     def suffix_scan(self, operator: LinearOperator, c: Array) -> Array:
         if c.device.type != "cpu":
             return hillis_steele(operator, c, self)
-        if traced(c, *operator.arrays) or isinstance(operator, Dense):
+        if _traced(c, *operator.arrays) or isinstance(operator, Dense):
             return sequential(operator, c, self)
         g = c.clone(memory_format=torch.contiguous_format)
         if isinstance(operator, Scalar) and not operator.arrays:
@@ -85,12 +85,11 @@ class TorchBackend(ArrayBackend):
         return super().norm(x.detach())
 
 
-def traced(*tensors: Tensor) -> bool:
-    """Whether somebody looks on: autograd, a transform, the compiler, a dispatch mode, or a batch of cotangents."""
+def _traced(*tensors: Tensor) -> bool:
+    """Whether somebody looks on: autograd, a transform, the compiler, or a dispatch mode."""
     if transformed() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return recorded or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))  # is_grads_batched=True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def suffix_scan_(values: Tensor, g: Tensor) -> None:

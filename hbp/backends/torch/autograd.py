@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 SWAPPING = threading.RLock()
 """Held where a module runs with other tensors in place of its parameters, which another thread must not see."""
 
 _exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
-_REASON = "this backward pass is no traceable code and breaks the graph here; set fullgraph=False, or iterations=None"
+_REASON = "the backward pass by Highway-BP is no traceable code; set iterations=None, torch's own graph, or fullgraph=False"
 opaque = partial(
     torch.compiler.disable,
     **({"reason": _REASON} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}),
@@ -107,11 +108,12 @@ def write_counter(x: Tensor) -> Tensor:
 def transformed() -> str:
     """Who turns the calls that now run into another program, which knows torch's own derivatives only; or "".
 
-    `torch.compile` does not count: it breaks its graph at `opaque` functions and calls them as they are.
+    `torch.compile` does not count: it breaks its graph at `opaque` functions and calls them as they are. While it
+    compiles it hides all others but `torch.export`, so an opaque function asks.
     """
     if _exporting():
         return "torch.export"
-    if torch.compiler.is_compiling() and get_proxy_mode() is None:
+    if torch.compiler.is_dynamo_compiling():
         return ""
     if torch.jit.is_tracing() or get_proxy_mode() is not None:
         return "a tracer (torch.export, make_fx, torch.jit.trace)"
@@ -126,19 +128,38 @@ def refuse_transforms() -> None:
     Raises:
         RuntimeError: the call is transformed, with gradients.
     """
+    if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        _refuse_transforms()
+
+
+@opaque
+def _refuse_transforms() -> None:
     by = transformed()
-    if by and (torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0):
+    if by:
         raise RuntimeError(
             f"{by} would lose the backward pass by Highway-BP; set iterations=None, torch's own graph, or use "
             "torch.no_grad() where only values count"
         )
 
 
-def refuse_second_derivatives(cure: str) -> None:
-    """Refuse ``create_graph=True``, seen from inside a backward.
+def refuse_second_derivatives(cure: str, *cotangents: Tensor | None) -> None:
+    """Refuse ``create_graph=True``, seen from inside a backward, and cotangents that come many at once.
 
     Raises:
-        RuntimeError: the gradients shall be differentiable.
+        RuntimeError: the gradients shall be differentiable, or are those of ``is_grads_batched`` or ``vectorize``.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(f"no second derivatives by Highway-BP or its exact adjoint; set {cure}, torch's own graph")
+    if any(c is not None and torch._C._functorch.is_legacy_batchedtensor(c) for c in cotangents):
+        raise RuntimeError(
+            "no batched cotangents (is_grads_batched, vectorize=True) by Highway-BP or its exact adjoint; give them one "
+            f"by one, or set {cure}, torch's own graph"
+        )
+
+
+def alike(found: Tensor, expected: Tensor, precision: torch.dtype) -> bool:
+    """Whether two ways to the same numbers agree to half the digits; tensors without numbers count as alike."""
+    if found.is_meta or is_fake(found):
+        return True
+    tolerance = torch.finfo(precision).eps ** 0.5
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)

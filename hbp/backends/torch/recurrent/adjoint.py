@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbp.backends.torch.array import TorchBackend, suffix_scan_, traced
+from hbp.backends.torch.array import TorchBackend, suffix_scan_
 from hbp.cells import GRUParameters, GRUPullback
 from hbp.cells._blocks import blocks_of, pull_in_blocks
 from hbp.core.chain import LinearizedChain
@@ -27,7 +27,7 @@ class RecurrentBackend(TorchBackend):
 
     def kernel(self, name: str, *arrays: Tensor) -> Callable[..., Any] | None:
         if name == "gru_in_place":
-            return None if traced(*arrays) or any(array.device.type != "cpu" for array in arrays) else gru_in_place
+            return gru_in_place if all(array.device.type == "cpu" for array in arrays) else None
         return super().kernel(name, *arrays)
 
     def adjoint_pays(self, mode: str, x: Tensor, batch: int, hidden: int) -> bool:

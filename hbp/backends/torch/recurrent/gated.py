@@ -13,6 +13,7 @@ from torch import Tensor
 from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.autograd import (
     SWAPPING,
+    alike,
     autocast_of,
     foreign_leaf,
     opaque,
@@ -66,11 +67,10 @@ def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, c
     """
     solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance).fixed()
     _check_input(cell, h0, xs)
-    if solver.exact or not torch.is_grad_enabled():
-        h = _states(cell, h0, xs)
-    else:
+    if not solver.exact:
         refuse_transforms()
-        h = _highway(cell, solver, h0, xs)
+    ours = torch.is_grad_enabled() and not solver.exact
+    h = _highway(cell, solver, h0, xs) if ours else _states(cell, h0, xs)
     return h, h[-1].clone()  # whoever writes into one does not change the other
 
 
@@ -134,8 +134,7 @@ def _needs_gradients(cell: Cell, h0: Tensor, xs: Tensor, parameters: list[torch.
 
 
 def _check_alike(again: Tensor, h: Tensor, precision: torch.dtype) -> None:
-    tolerance = torch.finfo(precision).eps ** 0.5
-    if not torch.allclose(again, h, rtol=tolerance, atol=tolerance, equal_nan=True):
+    if not alike(again, h, precision):
         raise RuntimeError(
             "the cell gives other states for all steps at once than it gave one by one; it must treat leading axes as "
             "a batch and hold no randomness and no state (iterations=None takes any cell)"
@@ -199,7 +198,7 @@ class _GatedScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
-        refuse_second_derivatives("iterations=None")
+        refuse_second_derivatives("iterations=None", dh)
         cell, solver, names, autocast, precision = ctx.options
         h0, xs, h, *given = ctx.saved_tensors
         # Copies as leaves: hooks on the parameters see the final gradient only, once.

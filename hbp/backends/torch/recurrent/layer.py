@@ -73,7 +73,7 @@ class RecurrentLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *dfinals: Tensor) -> tuple[Any, ...]:
         """The gradients of x, of the initial states and of the weights."""
-        refuse_second_derivatives('iterations=None, exact="library"')
+        refuse_second_derivatives('iterations=None, exact="library"', dy, *dfinals)
         batch_sizes, x, y, *rest = ctx.saved_tensors
         if ctx.writes._version != ctx.written:
             with ctx.autocast():

@@ -100,7 +100,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *given, *self._flat_weights))
         if not tracked or (options.solver.exact and self.exact_path(input) == "library"):
             return super().forward(input, hx)
-        return self._highway(input, given, options)
+        return self._highway(input, hx, given, options)
 
     def _checked(self, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]]:  # noqa: A002
         """The input's data and the initial states given, or none.
@@ -122,7 +122,9 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         return data, given
 
     @opaque  # one break of a compiled graph
-    def _highway(self, input: Any, given: tuple[Tensor, ...], options: Options) -> Any:  # noqa: A002
+    def _highway(self, input: Any, hx: Any, given: tuple[Tensor, ...], options: Options) -> Any:  # noqa: A002
+        if transformed():  # by what the compiler hid
+            return self.forward(input, hx)
         if isinstance(input, PackedSequence):
             order, back = input.sorted_indices, input.unsorted_indices
             sequence = _Sequence(input.data, input.batch_sizes, int(input.batch_sizes[0]))

@@ -23,6 +23,7 @@ from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.autograd import (
     SWAPPING,
     Swap,
+    alike,
     autocast_of,
     foreign_leaf,
     opaque,
@@ -168,8 +169,7 @@ class Stack(Scheduled):
                     graph(torch.zeros_like(y), BACKEND)
         except Exception as error:  # torch.vmap has many ways to say that it cannot
             return f"torch.vmap says: {error}"
-        tolerance = torch.finfo(calls[0].layer.precision).eps ** 0.5
-        self.proved = torch.allclose(y, torch.stack([call.ends[0] for call in calls]), tolerance, tolerance, True)
+        self.proved = alike(y, torch.stack([call.ends[0] for call in calls]), calls[0].layer.precision)
         return None if self.proved else "run all at once they give other states: they hold more than parameters"
 
     def residual_maps(self, layers: Sequence[Layer], x: Tensor, damped: bool = True) -> LinearOperator:
@@ -311,7 +311,6 @@ class _Entry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Any) -> tuple[Any, ...]:
-        refuse_second_derivatives("iterations=None")
         dx, others = ctx.run.gradients()
         return (None, dx, *others)
 
@@ -329,6 +328,7 @@ class _Link(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[None, None, None]:
+        refuse_second_derivatives("iterations=None", *cotangents)
         start, *ends = ctx.saved_tensors
         ctx.run.reached(ctx.number, Call(ctx.layer, start, tuple(ends), cotangents))
         return None, None, None
