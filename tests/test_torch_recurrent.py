@@ -14,6 +14,7 @@ import hbp
 
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
+StorageWeakRef = pytest.importorskip("torch.multiprocessing.reductions").StorageWeakRef
 
 KINDS = ("GRU", "LSTM")
 T, B, I, H = 9, 4, 3, 5  # noqa: E741
@@ -259,18 +260,128 @@ def test_bad_options(options, error, message):
         hb.LSTM(I, H, **options)
 
 
+@pytest.mark.parametrize("iterations", [None, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bad_input(kind):
-    layer = getattr(hb, kind)(I, H, iterations=1)
-    state = torch.zeros(1, B + 1, H)
+def test_bad_input(kind, iterations):
+    layer = getattr(hb, kind)(I, H, iterations=iterations, exact="adjoint")
+    x, wrong, two = torch.randn(T, B, I), torch.zeros(1, B + 1, H), "two tensors" if kind == "LSTM" else "one tensor"
+    pair = (lambda state: (state, state)) if kind == "LSTM" else (lambda state: state)
     for arguments, error, message in (
+        (([1, 2],), TypeError, "the input is a list; give a torch.Tensor or a PackedSequence"),
+        ((x.numpy(),), TypeError, "the input is a ndarray"),
+        ((None,), TypeError, "the input is a NoneType"),
         ((torch.randn(T, B, I + 1),), RuntimeError, "4 features, expected input_size=3"),
         ((torch.randn(T, B, I, 1),), ValueError, "4 dimensions"),
-        ((torch.randn(T, B, I, dtype=torch.float64),), ValueError, "float64 and the weights torch.float32"),
-        ((torch.randn(T, B, I), (state, state) if kind == "LSTM" else state), RuntimeError, "expected \\(1, 4, 5\\)"),
+        ((torch.tensor(1.0),), ValueError, "0 dimensions"),
+        ((x[:0],), RuntimeError, "Expected sequence length to be larger than 0"),
+        ((x.double(),), ValueError, "the input is torch.float64 and the weights torch.float32"),
+        ((x, pair(wrong)), RuntimeError, "expected \\(1, 4, 5\\)"),
+        ((x, pair(wrong[:, 1:].double())), ValueError, "the input is torch.float32 and an initial state torch.float64"),
+        ((x, 1), TypeError, f"hx is a int; give {two}"),
+        ((x, "ab"), TypeError, f"hx is a str; give {two}"),
+        ((x, [1, 2]), TypeError, f"hx is a list; give {two}"),
+        ((x, (wrong,) * 3), TypeError, f"hx is a tuple; give {two}"),
+        ((x, wrong if kind == "LSTM" else (wrong, wrong)), TypeError, f"hx is a (Tensor|tuple); give {two}"),
     ):
         with pytest.raises(error, match=message):
             layer(*arguments)
+
+
+IN_PLACE = {
+    "plain": {},
+    "deep": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+}
+
+
+@pytest.mark.parametrize("shape", ["batch", "one sequence", "packed"])
+@pytest.mark.parametrize("options", IN_PLACE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_may_be_written_into(kind, options, shape):
+    _, ours = pair(kind, **IN_PLACE[options])
+    first = IN_PLACE[options].get("batch_first", False)
+    rows = (T, I) if shape == "one sequence" else (B, T, I) if first else (T, B, I)
+    leaf = torch.randn(rows, dtype=torch.float64, requires_grad=True)
+    pack = torch.nn.utils.rnn.pack_padded_sequence
+    for ours.iterations in (None, 2):
+        results = []
+        for write in (False, True):
+            packed = shape == "packed"
+            y, final = ours(pack(leaf, LENGTHS, batch_first=first, enforce_sorted=False) if packed else leaf)
+            y, final = y.data if packed else y, final if isinstance(final, tuple) else (final,)
+            if write:
+                y *= torch.arange(H * (1 + ours.bidirectional))
+                y[0] += 1
+                for state in final:
+                    state *= 3
+            else:
+                y, final = y * torch.arange(H * (1 + ours.bidirectional)), [3 * state for state in final]
+            loss = y.sum() + sum(state.sum() for state in final)
+            results.append(torch.autograd.grad(loss, [leaf, *ours.parameters()]))
+        close(results[1], results[0], 1e-14)
+
+
+def test_outputs_may_be_written_into_between_two_backward_passes_and_under_autocast():
+    layer = hb.GRU(I, H, iterations=2)
+    x = torch.randn(T, B, I)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = layer(x)
+    loss = y.sum()
+    expected = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
+    with torch.no_grad():
+        y.zero_()
+    equal(torch.autograd.grad(loss, list(layer.parameters())), expected)
+
+
+def test_what_is_kept_is_freed_by_the_backward():
+    layer = hb.GRU(I, H, iterations=2)
+    y, _ = layer(torch.randn(T, B, I))
+    memory, loss = StorageWeakRef(y.untyped_storage()), y.sum()
+    del y
+    assert not memory.expired()
+    loss.backward()
+    assert memory.expired()
+    assert loss.grad_fn is not None
+
+
+def reference(kind: str, layer: Any, x: Any, dy: Any) -> Any:
+    """The report on all increments of NumPy's chain with a layer's weights."""
+    cell, parameters = (getattr(hbp.cells, name) for name in (kind.lower(), f"{kind}Parameters"))
+    zeros = np.zeros((B, H))
+    weights = parameters(*(p.detach().numpy() for p in layer.parameters()))
+    _, pullback = cell(weights, x.numpy(), (zeros, zeros) if kind == "LSTM" else zeros)
+    d = np.stack([np.zeros_like(dy), dy], -2) if kind == "LSTM" else dy  # the LSTM's state is (c, h)
+    return hbp.report(pullback.chain, d[-1], sources=np.concatenate([np.zeros_like(d[:1]), d[:-1]]))
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 1e-2, 1e-5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tolerance_stops_at_the_first_small_increment(kind, tolerance):
+    _, layer = pair(kind, own={"tolerance": tolerance})
+    x, dy = torch.randn(T, B, I, dtype=torch.float64), torch.randn(T, B, H, dtype=torch.float64)
+    expected = reference(kind, layer, x, dy.numpy())
+    relative = [d / g for d, g in zip(expected.increments, expected.sizes, strict=True)]
+    k = next(k for k, size in enumerate(relative) if size <= tolerance)
+    assert 0 < k < T
+    layer.reports = []
+    found = torch.autograd.grad(layer(x)[0], list(layer.parameters()), dy)
+    (report,) = layer.reports
+    np.testing.assert_allclose(report.increments, expected.increments[: k + 1], rtol=1e-10)
+    np.testing.assert_allclose(report.sizes, expected.sizes[: k + 1], rtol=1e-10)
+    layer.reports, layer.solver = None, hbp.Solver(k)
+    close(found, torch.autograd.grad(layer(x)[0], list(layer.parameters()), dy), 1e-12)
+    layer.solver = hbp.Solver(k - 1, tolerance=tolerance)  # the cap comes first
+    capped = torch.autograd.grad(layer(x)[0], list(layer.parameters()), dy)
+    layer.tolerance = None
+    close(capped, torch.autograd.grad(layer(x)[0], list(layer.parameters()), dy), 1e-12)
+    assert max((a - b).abs().max() for a, b in zip(capped, found, strict=True)) > 0
+
+
+def test_each_layer_and_direction_reports():
+    _, layer = pair("GRU", own={"iterations": 3}, num_layers=2, bidirectional=True)
+    layer.reports = []
+    y, _ = layer(torch.randn(T, B, I, dtype=torch.float64))
+    y.sum().backward()
+    assert [len(report.increments) for report in layer.reports] == [4] * 4
 
 
 @pytest.mark.parametrize("k", [None, 0, 1, 3, 40])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import hbp
@@ -150,6 +151,52 @@ def test_bad_input():
         hb.scan(cell, h0, xs, iterations=-1)
     with pytest.raises(TypeError, match=r"chunk=1.5 is a float"):
         hb.scan(cell, h0, xs, iterations=1, chunk=1.5)
+    for k in (None, 1):
+        for given, error, message in (
+            ((h0, [1, 2]), TypeError, "xs is a list; give a torch.Tensor"),
+            ((h0, list(xs)), TypeError, "xs is a list"),
+            ((h0, xs.detach().numpy()), TypeError, "xs is a ndarray"),
+            ((None, xs), TypeError, "h0 is a NoneType; give a torch.Tensor"),
+            ((h0.long(), xs), TypeError, "h0 is torch.int64; give real floating point numbers"),
+            ((h0, xs.sum()), ValueError, r"xs has shape \(\); expected \(T, B, ...\)"),
+        ):
+            with pytest.raises(error, match=message):
+                hb.scan(cell, *given, iterations=k)
+
+
+@pytest.mark.parametrize("k", [None, 2])
+def test_outputs_may_be_written_into(k):
+    cell = GRUCell()
+    h0, xs, parameters = problem(cell)
+    h, last = hb.scan(cell, h0, xs, iterations=k)
+    expected = torch.autograd.grad((2 * h).sum() + (3 * last).sum(), [h0, xs, *parameters])
+    h, last = hb.scan(cell, h0, xs, iterations=k)
+    before = last.detach().clone()
+    h *= 2
+    h[0] += 1
+    assert torch.equal(last, before)
+    last *= 3
+    assert torch.equal(h[-1], 2 * before)
+    close(torch.autograd.grad(h.sum() + last.sum(), [h0, xs, *parameters]), expected)
+
+
+def test_a_tolerance_stops_at_the_first_small_increment_and_is_reported():
+    cell = GRUCell()
+    h0, xs, parameters = problem(cell)
+    weights = hbp.cells.GRUParameters(*(p.detach().numpy() for p in parameters))
+    _, pullback = hbp.cells.gru(weights, xs.detach().numpy(), h0.detach().numpy())
+    dh = torch.randn(T, B, H, dtype=torch.float64)
+    d = dh.numpy()
+    expected = hbp.report(pullback.chain, d[-1], sources=np.concatenate([np.zeros_like(d[:1]), d[:-1]]))
+    k = next(k for k, (a, b) in enumerate(zip(expected.increments, expected.sizes, strict=True)) if a <= 1e-2 * b)
+    assert 0 < k < T
+    seen: list[hbp.Report] = []
+    watched = hbp.Solver(tolerance=1e-2, watch=seen.append)
+    found = torch.autograd.grad(hb.scan(cell, h0, xs, solver=watched)[0], [h0, xs, *parameters], dh)
+    assert len(seen) == 1
+    np.testing.assert_allclose(seen[0].increments, expected.increments[: k + 1], rtol=1e-9)
+    for options in ({"tolerance": 1e-2}, {"iterations": k}):
+        close(torch.autograd.grad(hb.scan(cell, h0, xs, **options)[0], [h0, xs, *parameters], dh), found)
 
 
 def test_a_cell_that_is_a_function_reaches_its_weights_or_is_refused():

@@ -19,7 +19,9 @@ SWAPPING = threading.RLock()
 """Held where a module runs with other tensors in place of its parameters, which another thread must not see."""
 
 _exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
-_REASON = "the backward pass by Highway-BP is no traceable code; set iterations=None, torch's own graph, or fullgraph=False"
+_REASON = (
+    "the backward pass by Highway-BP is no traceable code; set iterations=None, torch's own graph, or fullgraph=False"
+)
 opaque = partial(
     torch.compiler.disable,
     **({"reason": _REASON} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}),
@@ -152,8 +154,8 @@ def refuse_second_derivatives(cure: str, *cotangents: Tensor | None) -> None:
         raise RuntimeError(f"no second derivatives by Highway-BP or its exact adjoint; set {cure}, torch's own graph")
     if any(c is not None and torch._C._functorch.is_legacy_batchedtensor(c) for c in cotangents):
         raise RuntimeError(
-            "no batched cotangents (is_grads_batched, vectorize=True) by Highway-BP or its exact adjoint; give them one "
-            f"by one, or set {cure}, torch's own graph"
+            "no batched cotangents (is_grads_batched, vectorize=True) by Highway-BP or its exact adjoint; give them one by "
+            f"one, or set {cure}, torch's own graph"
         )
 
 
@@ -162,4 +164,4 @@ def alike(found: Tensor, expected: Tensor, precision: torch.dtype) -> bool:
     if found.is_meta or is_fake(found):
         return True
     tolerance = torch.finfo(precision).eps ** 0.5
-    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    return bool(torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True))
