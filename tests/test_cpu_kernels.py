@@ -20,7 +20,7 @@ import hbp
 from hbp import Diagonal, Identity, LinearOperator, Scalar, cli
 from hbp.backends import _kernels
 from hbp.backends.numpy import backend
-from hbp.cells import GRUParameters, LSTMParameters, _blocks, gru, lstm
+from hbp.cells import GRUParameters, LSTMParameters, _spans, gru, lstm
 from hbp.core.registry import resolve
 
 pytest.importorskip("numba", reason="the kernels are compiled by Numba")
@@ -190,11 +190,11 @@ def plain(pullback: Any, cotangents: Any) -> list[Any]:
 
 @both_cells
 @both_dtypes
-@pytest.mark.parametrize("step", ["compiled", "library", "blocks"])
+@pytest.mark.parametrize("step", ["compiled", "library", "spans"])
 def test_adjoints_are_the_plain_pullback(cell, step, dtype, threads, monkeypatch, rng):
     monkeypatch.setattr(adjoints, "COMPILED", 0 if step == "library" else 1 << 40)
-    if step == "blocks":
-        monkeypatch.setattr(_blocks, "BLOCK", 1)  # of 8 steps, the last shorter
+    if step == "spans":
+        monkeypatch.setattr(_spans, "SPAN", 1)  # of 8 steps, the last shorter
     options = cycle(product(product((True, False), repeat=2), (True, False), (True, False)))
     for size, (biases, dc, c) in zip(product((1, 2, 30), (1, 3, 4, 5, 9), (1, 3, 8)), options, strict=False):
         pullback, cotangents = problem(cell, rng, size, dtype, biases, dc)

@@ -385,8 +385,8 @@ def test_each_layer_and_direction_reports():
 
 
 @pytest.mark.parametrize("k", [None, 0, 1, 3, 40])
-def test_the_gru_in_blocks_of_time(k, monkeypatch):
-    monkeypatch.setattr(hbp.cells._blocks, "BLOCK", 1)  # blocks of 8 steps, the last shorter
+def test_the_gru_in_spans_of_time(k, monkeypatch):
+    monkeypatch.setattr(hbp.cells._spans, "SPAN", 1)  # spans of 8 steps, the last shorter
     torch.manual_seed(0)
     layer = hb.GRU(I, H, iterations=k, exact="adjoint").double()
     x, h0 = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((27, B, I), (1, B, H)))

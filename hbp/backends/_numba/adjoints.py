@@ -16,8 +16,8 @@ import numpy as np
 from hbp.backends._numba import loops
 from hbp.backends._numba.compile import Threads, as_numpy, own_threads
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
-from hbp.cells._blocks import blocks_of, pull_in_blocks
 from hbp.cells._common import matmul, previous, weight_gradient
+from hbp.cells._spans import pull_in_spans, spans_of
 from hbp.core.backend import Array
 
 COMPILED = 1 << 15
@@ -30,17 +30,17 @@ def gru_adjoint(
 ) -> tuple[GRUParameters, Array | None, Array]:
     """``pullback(dh)``, exact, for arrays of float32 or float64 in any layout; None for dx where unwanted."""
 
-    def solve(block: GRUPullback, start: int, carry: Array) -> tuple[Array, Array, Array]:
-        return _gru_block(block, dh[start : start + len(block.h)], carry, threads or own_threads())
+    def solve(span: GRUPullback, start: int, carry: Array) -> tuple[Array, Array, Array]:
+        return _gru_span(span, dh[start : start + len(span.h)], carry, threads or own_threads())
 
-    return pull_in_blocks(pullback, blocks_of(pullback), solve, with_inputs)
+    return pull_in_spans(pullback, spans_of(pullback), solve, with_inputs)
 
 
-def _gru_block(block: GRUPullback, dh: Array, carry: Array, threads: Threads) -> tuple[Array, Array, Array]:
+def _gru_span(span: GRUPullback, dh: Array, carry: Array, threads: Threads) -> tuple[Array, Array, Array]:
     """The cotangents of both pre-activations, (T, B, 3H), and of the initial state, from those of the states."""
-    params, tanh, size = block.params, block.backend.xp.tanh, block.h.shape[-1]
-    inputs = matmul(block.x, params.weight_ih.T)
-    recurrent = matmul(previous(block.h0, block.h, block.backend), params.weight_hh.T)
+    params, tanh, size = span.params, span.backend.xp.tanh, span.h.shape[-1]
+    inputs = matmul(span.x, params.weight_ih.T)
+    recurrent = matmul(previous(span.h0, span.h, span.backend), params.weight_hh.T)
     pair = _rows(inputs), _rows(recurrent)
     biases = _bias(params.bias_ih, pair[0]), _bias(params.bias_hh, pair[0])
     dtype, count, numbers = pair[0].dtype, len(pair[0]), pair[0].size
@@ -48,9 +48,9 @@ def _gru_block(block: GRUPullback, dh: Array, carry: Array, threads: Threads) ->
     tanh(inputs[..., : 2 * size], out=inputs[..., : 2 * size])
     threads.run(partial(loops.gru_candidate(dtype), *pair), count, numbers)
     tanh(inputs[..., 2 * size :], out=inputs[..., 2 * size :])
-    carry = _own(carry, block.backend)
-    arrays = (*map(as_numpy, (inputs, recurrent, block.h0, block.h, dh, carry)), _weight(params.weight_hh))
-    _steps(partial(loops.gru_steps(dtype), *arrays), recurrent, carry, params.weight_hh, block.backend, threads)
+    carry = _own(carry, span.backend)
+    arrays = (*map(as_numpy, (inputs, recurrent, span.h0, span.h, dh, carry)), _weight(params.weight_hh))
+    _steps(partial(loops.gru_steps(dtype), *arrays), recurrent, carry, params.weight_hh, span.backend, threads)
     return inputs, recurrent, carry
 
 

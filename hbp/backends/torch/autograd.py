@@ -154,8 +154,8 @@ def refuse_second_derivatives(cure: str, *cotangents: Tensor | None) -> None:
         raise RuntimeError(f"no second derivatives by Highway-BP or its exact adjoint; set {cure}, torch's own graph")
     if any(c is not None and torch._C._functorch.is_legacy_batchedtensor(c) for c in cotangents):
         raise RuntimeError(
-            "no batched cotangents (is_grads_batched, vectorize=True) by Highway-BP or its exact adjoint; give them one by "
-            f"one, or set {cure}, torch's own graph"
+            "no batched cotangents (is_grads_batched, vectorize=True) by Highway-BP or its exact adjoint; give them "
+            f"singly, or set {cure}, torch's own graph"
         )
 
 

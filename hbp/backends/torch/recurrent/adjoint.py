@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hbp.backends.torch.array import TorchBackend, suffix_scan_
 from hbp.cells import GRUParameters, GRUPullback
-from hbp.cells._blocks import blocks_of, pull_in_blocks
+from hbp.cells._spans import pull_in_spans, spans_of
 from hbp.core.chain import LinearizedChain
 
 # Below which B H^2 the adjoint is the faster exact backward on a CPU, by the cell and by whether it is compiled.
@@ -23,7 +23,7 @@ ADJOINT_SIZES = {("GRU", True): math.inf, ("GRU", False): 4e5, ("LSTM", True): 2
 
 
 class RecurrentBackend(TorchBackend):
-    """PyTorch for recurrent nets: on a CPU the GRU's pullback has a form of its own, in place and in blocks of time."""
+    """PyTorch for recurrent nets: on a CPU the GRU's pullback has a form of its own, in place and in spans of time."""
 
     def kernel(self, name: str, *arrays: Tensor) -> Callable[..., Any] | None:
         if name == "gru_in_place":
@@ -44,22 +44,22 @@ BACKEND = RecurrentBackend()
 def gru_in_place(
     pullback: GRUPullback, dh: Tensor, with_inputs: bool = True, *, iterations: int | None
 ) -> tuple[GRUParameters, Tensor | None, Tensor]:
-    """What ``pullback(dh, iterations, with_inputs=...)`` returns, in place and in blocks of time."""
-    blocks = blocks_of(pullback)
+    """What ``pullback(dh, iterations, with_inputs=...)`` returns, in place and in spans of time."""
+    spans = spans_of(pullback)
     scan = pullback.backend.kernel("suffix_scan_", dh) or suffix_scan_
-    g = None if iterations is None else _highway([block.chain for _, block in blocks], dh, iterations, scan)
+    g = None if iterations is None else _highway([span.chain for _, span in spans], dh, iterations, scan)
 
-    def solve(block: GRUPullback, start: int, carry: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        stop = start + len(block.h)
-        states = _exact(block.chain, dh[start:stop], carry) if g is None else g[start : stop + 1]
-        inputs, recurrent = block.preactivations(states)
+    def solve(span: GRUPullback, start: int, carry: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        stop = start + len(span.h)
+        states = _exact(span.chain, dh[start:stop], carry) if g is None else g[start : stop + 1]
+        inputs, recurrent = span.preactivations(states)
         return inputs, recurrent, states[0].clone()
 
-    return pull_in_blocks(pullback, blocks, solve, with_inputs)
+    return pull_in_spans(pullback, spans, solve, with_inputs)
 
 
 def _exact(chain: LinearizedChain, dh: Tensor, carry: Tensor) -> Tensor:
-    """`hbp.core.adjoint.backprop` of a block, whose last state gets ``carry`` too: three operations a step."""
+    """`hbp.core.adjoint.backprop` of a span, whose last state gets ``carry`` too: three operations a step."""
     z, gains, weight = chain.residual.arrays[0], chain.pullbacks.gains, chain.pullbacks.weight
     g = torch.cat([torch.zeros_like(carry)[None], dh])  # what enters at each state; the step adds what arrives there
     g[-1] += carry
@@ -75,7 +75,7 @@ def _exact(chain: LinearizedChain, dh: Tensor, carry: Tensor) -> Tensor:
 def _highway(
     chains: list[LinearizedChain], dh: Tensor, iterations: int, scan: Callable[[Tensor, Tensor], None]
 ) -> Tensor:
-    """`hbp.core.adjoint.highway` of a chain cut into blocks: all rounds in two arrays."""
+    """`hbp.core.adjoint.highway` of a chain cut into spans: all rounds in two arrays."""
     c = torch.cat([torch.zeros_like(dh[:1]), dh])
     old, new = torch.empty_like(c), c.clone()
     for k in range(min(iterations, len(dh)) + 1):

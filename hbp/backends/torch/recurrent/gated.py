@@ -41,7 +41,7 @@ def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, c
     The residual path is diag(gate), the block whatever h[t-1] does by way of gate and update. The forward builds no
     graph; the backward calls the cell again, once on all steps, so a cell must treat leading axes as a batch, and
     hold no randomness and no state. Parameters get gradients where the cell is a `torch.nn.Module`; with None, whatever
-    torch's own graph reaches does.
+    torch's own graph reaches does. Under `torch.func`, forward mode, tracers and `torch.export` only None will do.
 
     Args:
         cell: (B, H), (B, ...) -> two tensors (B, H), and likewise with further leading axes.
@@ -54,11 +54,13 @@ def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, c
         solver: these three in one `hbp.Solver`, instead.
 
     Returns:
-        ``h``, (T, B, H), and its last entry.
+        ``h``, (T, B, H), and a copy of its last entry.
 
     Raises:
-        TypeError, ValueError: a cell that returns no pair of tensors like its state, no step, or counts that are none.
-        RuntimeError: in the backward, where the cell gives other states for all steps at once.
+        TypeError, ValueError: no tensors, a cell that returns no pair of tensors like its state, no step, or counts
+            that are none.
+        RuntimeError: a transform of the call that would lose Highway-BP; in the backward, where the cell gives other
+            states for all steps at once.
 
     >>> cell = lambda h, x: (torch.sigmoid(x), torch.tanh(x + h))
     >>> h, last = scan(cell, torch.zeros(2, 3), torch.randn(5, 2, 3, requires_grad=True), iterations=1)

@@ -75,52 +75,53 @@ class RecurrentLayer(torch.autograd.Function):
         """The gradients of x, of the initial states and of the weights."""
         refuse_second_derivatives('iterations=None, exact="library"', dy, *dfinals)
         batch_sizes, x, y, *rest = ctx.saved_tensors
+        given = (x, *rest)
         if ctx.writes._version != ctx.written:
             with ctx.autocast():
                 y = ctx.options.vendor(x, batch_sizes, rest[: ctx.count], rest[ctx.count :])[0]
         wide = torch.promote_types(y.dtype, rest[-1].dtype)  # autocast: the weights may be wider than the states
-        given = (x, *rest)
         sequences, lengths = _padded((x, y, dy), batch_sizes)
-        x, y, dy = (tensor.to(wide) for tensor in sequences)
+        sequences = tuple(tensor.to(wide) for tensor in sequences)
         states, weights = ([tensor.to(wide) for tensor in part] for part in (rest[: ctx.count], rest[ctx.count :]))
-        directions, hidden = len(states[0]), states[0].shape[-1]
+        directions = len(states[0])
         count = len(weights) // directions
-        dx, dstates, dweights = None, [[] for _ in states], []  # type: ignore[var-annotated]
+        dx, dstates, dweights = None, [], []
         for d in range(directions):
-            own = slice(d * hidden, (d + 1) * hidden)
-            dh = _turned(dy[..., own], d, lengths)
-            cotangents = [
-                _with_final(dh if n == 0 else torch.zeros_like(dh), final[d].to(wide), lengths)
-                for n, final in enumerate(dfinals)
-            ]
+            own, initial = weights[d * count : (d + 1) * count], [state[d] for state in states]
             with torch.autocast(dy.device.type, enabled=False):  # the dtype was chosen above
-                found, back, initial = _pull(
-                    ctx.options,
-                    weights[d * count : (d + 1) * count],
-                    _turned(x, d, lengths),
-                    [state[d] for state in states],
-                    _turned(y[..., own], d, lengths),
-                    cotangents,
-                    ctx.needs_input_grad[2],
-                )
+                seen = _seen(d, sequences, dfinals, lengths)
+                found, back, first = _pull(ctx.options, own, initial, *seen, ctx.needs_input_grad[2])
             if back is not None:
                 back = _turned(back, d, lengths)
                 dx = back if dx is None else dx + back
             dweights += found
-            for gathered, one in zip(dstates, initial, strict=True):
-                gathered.append(one)
+            dstates.append(first)
         if batch_sizes is not None and dx is not None:
             dx = pack_padded_sequence(dx, lengths).data
-        gradients = [dx, *map(torch.stack, dstates), *dweights]
-        dx, *others = (d if d is None else d.to(like.dtype) for d, like in zip(gradients, given, strict=True))
-        return (None, None, dx, *others)
+        gradients = [dx, *map(torch.stack, zip(*dstates, strict=True)), *dweights]
+        return (None, None, *(d if d is None else d.to(like.dtype) for d, like in zip(gradients, given, strict=True)))
+
+
+def _seen(
+    d: int, sequences: tuple[Tensor, ...], dfinals: tuple[Tensor, ...], lengths: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """What direction d sees, in its own order: inputs, states, and the cotangents of h (and c) at all steps."""
+    x, y, dy = sequences
+    hidden = dfinals[0].shape[-1]
+    own = slice(d * hidden, (d + 1) * hidden)
+    dh = _turned(dy[..., own], d, lengths)
+    cotangents = [
+        _with_final(dh if n == 0 else torch.zeros_like(dh), final[d].to(dh.dtype), lengths)
+        for n, final in enumerate(dfinals)
+    ]
+    return _turned(x, d, lengths), _turned(y[..., own], d, lengths), cotangents
 
 
 def _pull(
     options: Options,
     weights: list[Tensor],
-    x: Tensor,
     states: list[Tensor],
+    x: Tensor,
     h: Tensor,
     cotangents: list[Tensor],
     with_inputs: bool,

@@ -192,7 +192,9 @@ class GRU(_Recurrent, torch.nn.GRU):
         residual: another residual path than the update gate's, as ``hbp.Zero()`` for the fixed point.
         exact: pins what None means: "adjoint" (this library's, without a graph) or "library" (torch's own).
 
-    Second derivatives need ``iterations=None, exact="library"``; `torch.compile` breaks its graph here once.
+    Outputs may be written into, as torch's own. Second derivatives and batched cotangents need ``iterations=None,
+    exact="library"``. Under `torch.func`, forward mode, tracers and `torch.export`, ``iterations=None`` is torch's own
+    path, and Highway-BP is refused where gradients are on; `torch.compile` breaks its graph here once.
 
     >>> layer = GRU(3, 8, iterations=3, chunk=4)
     >>> y, h = layer(torch.randn(20, 2, 3))
