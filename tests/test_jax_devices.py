@@ -112,6 +112,20 @@ alone = partial(hb.sequential, layer, iterations=2, axis_name="i")
 refused("axis_name='i' names no mesh axis here .known: none.", alone, params, x, scale)
 each = jax.tree.map(lambda leaf: leaf[:, None], params)
 refused("names no mesh axis", jax.vmap(alone, (0, None, None), axis_name="i"), each, x, scale)
+
+gentle = {"w": 0.2 * params["w"], "b": params["b"]}
+here, there, found = [], [], {}
+for seen in (here, there):
+    run = partial(hb.sequential, layer, solver=hbp.Solver(tolerance=0.01, watch=seen.append))
+    if seen is there:
+        run = jax.shard_map(partial(run, axis_name="i"), mesh=mesh, in_specs=(P("i"), P(), P()), out_specs=P())
+    found[id(seen)] = jax.jit(jax.grad(partial(loss, run), (0, 1, 2)))(gentle, x, scale)
+    jax.effects_barrier()
+close(found[id(there)], found[id(here)])
+assert len(here) == len(there) == 1
+assert 1 < len(here[0].increments) < L
+np.testing.assert_allclose(there[0].increments, here[0].increments, rtol=1e-9)
+np.testing.assert_allclose(there[0].sizes, here[0].sizes, rtol=1e-9)
 print("all agree")
 """
 

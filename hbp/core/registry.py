@@ -87,8 +87,7 @@ def _owner(array: Array) -> str:
     if kind in ("matrix", "MaskedArray"):
         raise TypeError(f"a {kind} has an arithmetic of its own; give a plain array, as numpy.asarray(x)")
     for name, (module, types) in LIBRARIES.items():
-        loaded = sys.modules.get(module)
-        if any(isinstance(array, getattr(loaded, kind, ())) for kind in types):
+        if any(isinstance(array, getattr(sys.modules.get(module), kind, ())) for kind in types):
             return name
     raise TypeError(f"a {kind} is not an array of {', '.join(LIBRARIES)}; nothing is converted, give arrays")
 

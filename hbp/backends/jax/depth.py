@@ -11,7 +11,7 @@ from jax import lax
 
 from hbp.backends.jax.array import JaxBackend
 from hbp.backends.jax.chains import Layer, Tree, in_turn, mesh_axes, varying
-from hbp.core.backend import Array
+from hbp.core.backend import Array, Gauge
 from hbp.core.chain import products
 from hbp.core.operator import LinearOperator
 
@@ -101,6 +101,11 @@ class DepthParallel(JaxBackend):
         own = super().norm(jnp.concatenate([x[:-1], jnp.where(last, x[-1:], 0)]))
         largest = lax.pmax(own, self.axis)
         return largest * jnp.sqrt(lax.psum((own / jnp.where(largest == 0, 1, largest)) ** 2, self.axis))
+
+    def tell(self, gauge: Gauge, sizes: Array, count: Array) -> None:
+        """The first device tells; all know the same."""
+        tell = partial(super().tell, gauge, sizes, count)
+        lax.cond(lax.axis_index(self.axis) == 0, tell, lambda: None)
 
     def here(self, g: Array) -> Array:
         """Cotangents of this device's states; the first state's is the first device's alone."""
