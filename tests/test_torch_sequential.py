@@ -263,6 +263,16 @@ def test_slices_and_copies_keep_the_options():
     assert model[1:4][0] is model[1]
 
 
+def test_slices_take_the_options_of_their_layers():
+    torch.manual_seed(0)
+    layers = STACKS["plain layers"]()
+    gammas, scales = [0.1, 0.2, 0.3, 0.4, 0.5], torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]).double()
+    part = hb.Sequential(*layers, iterations=1, damping=gammas, residual=hbp.Scalar(scales)).double()[1:4]
+    twin = hb.Sequential(*layers[1:4], iterations=1, damping=gammas[1:4], residual=hbp.Scalar(scales[1:4]))
+    x = inputs("")
+    close(gradients(part, x)[1], gradients(twin, x)[1])
+
+
 def test_state_dict_keys_are_those_of_nn():
     layers = STACKS["rectified"]()
     assert list(hb.Sequential(*layers).state_dict()) == list(nn.Sequential(*layers).state_dict())
@@ -314,6 +324,27 @@ def test_down_is_the_left_inverse_of_up():
         (lambda: hb.Residual(nn.Linear(3, 3), torch.tanh), ValueError, "give None, torch.relu or"),
         (lambda: hb.PostNorm(nn.Linear(3, 3), nn.BatchNorm1d(3)), ValueError, "give a torch.nn.LayerNorm"),
         (lambda: hb.Downsampled(nn.Identity(), 3), ValueError, "factor=3; give a power of two"),
+        (lambda: hb.Downsampled(nn.Identity(), 0), ValueError, "factor=0 is too small"),
+        (lambda: hb.Downsampled(nn.Identity(), 2.0), TypeError, "factor=2.0 is a float; give an integer"),
+        (lambda: hb.Downsampled(None, 2), TypeError, "block is a NoneType; give a torch.nn.Module"),
+        (lambda: hb.Residual(None), TypeError, "block is a NoneType; give a torch.nn.Module"),
+        (lambda: hb.Residual(nn.Linear), TypeError, "block is a type; give a torch.nn.Module"),
+        (lambda: hb.PostNorm(None, nn.LayerNorm(3)), TypeError, "block is a NoneType; give a torch.nn.Module"),
+        (lambda: hb.Sequential(3), TypeError, "layer 0 is a int; give torch.nn.Modules"),
+        (lambda: hb.Sequential([nn.Linear(3, 3)]), TypeError, "layer 0 is a list; give torch.nn.Modules"),
+        (lambda: hb.Sequential(nn.Linear(3, 3), damping=float("nan")), ValueError, "damping is nan; give a finite"),
+        (lambda: hb.Sequential(nn.Linear(3, 3), damping=[float("inf")]), ValueError, r"damping is \[inf\]; give a fin"),
+        (
+            lambda: hb.Sequential(nn.Linear(3, 3), damping=[0.1, 0.2]),
+            ValueError,
+            "damping has 2 entries",
+        ),
+        (
+            lambda: hb.Sequential(nn.Linear(3, 3), residual=hbp.Scalar(torch.ones(2))),
+            ValueError,
+            "residual has 2 maps and the stack 1 layers",
+        ),
+        (lambda: hb.Sequential(nn.Linear(3, 3), damping="0.1"), TypeError, "damping is '0.1'; give a number"),
         (
             lambda: hb.Sequential(nn.Linear(3, 2), iterations=1)(torch.ones(2, 3)),
             ValueError,

@@ -136,3 +136,67 @@ def test_gradient_checkpointing_is_refused():
     model.model.layers[0].gradient_checkpointing = True
     with pytest.raises(ValueError, match="gradient checkpointing is on"):
         hb.convert(model, iterations=1)
+
+
+IMAGES = {
+    "convnext": lambda t: t.ConvNextForImageClassification(
+        t.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[2, 2, 3, 2], image_size=32, layer_scale_init_value=1.0)
+    ),
+    "swin": lambda t: t.SwinForImageClassification(
+        t.SwinConfig(image_size=32, patch_size=1, embed_dim=8, depths=[1, 1, 4, 1], num_heads=[2] * 4, window_size=4)
+    ),
+    "resnet": lambda t: t.ResNetForImageClassification(
+        t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[2, 2, 4, 2], layer_type="basic")
+    ),
+}
+STAGES = {
+    "convnext": "convnext.encoder.stages.2.layers of ConvNextForImageClassification: 3 layers, ConvNextLayer",
+    "swin": "swin.encoder.layers.2.blocks of SwinForImageClassification: 4 layers, SwinLayer",
+    "resnet": "resnet.encoder.stages.2.layers of ResNetForImageClassification: 3 layers, ResNetBasicLayer",
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_of_staged_nets_the_longest_stage_is_converted(name, caplog):
+    torch.manual_seed(0)
+    model = IMAGES[name](transformers).double().train()
+    given = {"pixel_values": torch.randn(4, 3, 32, 32, dtype=torch.float64), "labels": torch.tensor([0, 1, 1, 0])}
+    loss, expected = gradients(model, given)
+    with caplog.at_level("INFO", logger="hbp"):
+        hb.convert(model, iterations=3 if name != "swin" else 4)
+    assert caplog.messages == [f"hbp.convert: {STAGES[name]}"]
+    again, found = gradients(model, given)
+    assert (again - loss).abs() <= 1e-12 * loss.abs()
+    largest = max(g.abs().max() for g in expected.values())
+    assert all((found[key] - g).abs().max() <= 1e-9 * largest for key, g in expected.items())
+    hb.set_iterations(model, 0)
+    _, rough = gradients(model, given)
+    assert max((rough[key] - g).abs().max() for key, g in expected.items()) > 1e-5 * largest
+
+
+def test_a_list_of_stages_is_refused_with_the_remedy():
+    model = hb.convert(IMAGES["convnext"](transformers), iterations=1, stacks="convnext.encoder.stages")
+    with pytest.raises(ValueError, match=r'expected \(1, 8, 8, 8\); .*of a model in stages convert one, stacks="..."'):
+        model(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_whole_stacks_are_still_converted_whole(name, caplog):
+    config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=L, num_heads=2)
+    model = build("bert") if name == "bert" else transformers.T5Model(config)
+    with caplog.at_level("INFO", logger="hbp"):
+        hb.convert(model, iterations=1)
+    assert f": {L} layers, {'BertLayer' if name == 'bert' else 'T5Block'}" in caplog.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_batching_where_asked_for_says_nothing():
+    model, given = build("bert").eval(), batch("bert")
+    _, expected = gradients(model, given)
+    hb.convert(model, iterations=L, stacked=True)
+    largest = max(g.abs().max() for g in expected.values())
+    for layers in hb.options.scheduled(model).values():
+        for layers.chunk in (1, 2):
+            found = gradients(model, given)[1]
+            assert all((found[key] - g).abs().max() <= 1e-9 * largest for key, g in expected.items())
+    assert {stack.path for stack in hb.options.scheduled(model).values()} == {"stacked"}

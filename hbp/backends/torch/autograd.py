@@ -75,19 +75,26 @@ def _entries(container: Any) -> list[Any]:
     return list(container.values()) if isinstance(container, dict) else list(container)
 
 
-def foreign_leaf(ends: Sequence[Tensor], start: Tensor, known: Container[int]) -> Tensor | None:
-    """A leaf that a graph leads to, not ``start`` and not of ``known`` identity, so that its gradient would be lost."""
-    pending, seen = [end.grad_fn for end in ends], set()
+def nodes(starts: Sequence[Any], last: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
+    """The nodes of a graph, each once, from ``starts`` on and not beyond those that are ``last``."""
+    pending, seen = list(starts), set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        yield node
+        if not last(node):
+            pending += [following for following, _ in node.next_functions]
+
+
+def foreign_leaf(ends: Sequence[Tensor], start: Tensor, known: Container[int]) -> Tensor | None:
+    """A leaf that a graph leads to, not ``start`` and not of ``known`` identity, so that its gradient would be lost."""
+    for node in nodes([end.grad_fn for end in ends]):
         if node.name() == "torch::autograd::AccumulateGrad" and id(node.variable) not in known:
             leaf: Tensor = node.variable
             if leaf is not start:
                 return leaf
-        pending += [following for following, _ in node.next_functions]
     return None
 
 
@@ -159,9 +166,14 @@ def refuse_second_derivatives(cure: str, *cotangents: Tensor | None) -> None:
         )
 
 
+def numberless(x: Tensor) -> bool:
+    """Whether a tensor has a shape only."""
+    return bool(x.is_meta or is_fake(x))
+
+
 def alike(found: Tensor, expected: Tensor, precision: torch.dtype) -> bool:
     """Whether two ways to the same numbers agree to half the digits; tensors without numbers count as alike."""
-    if found.is_meta or is_fake(found):
+    if numberless(found):
         return True
     tolerance = torch.finfo(precision).eps ** 0.5
     return bool(torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True))

@@ -15,7 +15,8 @@ from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.options import Scheduled, scheduled
 from hbp.backends.torch.recurrent.modules import GRU, LSTM
 from hbp.backends.torch.stack.conversion import ConvertedForward
-from hbp.backends.torch.stack.run import Stack
+from hbp.backends.torch.stack.options import Stack
+from hbp.backends.torch.stack.run import recorded
 from hbp.backends.torch.stack.sequential import Sequential
 from hbp.core.backend import check_count
 from hbp.core.increments import Report
@@ -115,16 +116,17 @@ def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: 
         raise ValueError(f"this {type(stack).__name__} has {len(found)} stacks; give a module with one")
     (layers,) = found
     with _undisturbed(stack, [layers]), torch.enable_grad():
-        layers.solver, layers.calls = Solver(0), []
-        if isinstance(batch, Mapping):
-            stack(**batch)
-        else:
-            stack(*batch) if isinstance(batch, tuple | list) else stack(batch)
-        calls = layers.calls
+        layers.solver = Solver(0)
+        with recorded() as seen:
+            if isinstance(batch, Mapping):
+                stack(**batch)
+            else:
+                stack(*batch) if isinstance(batch, tuple | list) else stack(batch)
+        calls = [call for owner, call in seen if owner is layers]
         if not calls:
             raise ValueError("no layer of the stack ran with gradients; let a parameter or the input need them")
         first = calls[0].start
-        residual = layers.residual_maps([call.layer for call in calls], first, damped=False)
+        residual = layers.residual_maps(calls, first, damped=False)
         generator = torch.Generator(first.device).manual_seed(0)
         gammas = []
         for i, call in enumerate(calls):
@@ -162,7 +164,7 @@ def _gradients(
 @contextmanager
 def _undisturbed(model: nn.Module, layers: Iterable[Scheduled]) -> Iterator[None]:
     """Put the options of layers, the random state and the model's buffers back at the end."""
-    names = ("solver", "reports", "calls", "path")
+    names = ("solver", "reports", "verdict")
     before = [(part, {name: getattr(part, name) for name in names if hasattr(part, name)}) for part in layers]
     try:
         with _restored(model):

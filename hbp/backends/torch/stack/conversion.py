@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from hbp.backends.torch.stack.run import Stack
+from hbp.backends.torch.stack.finding import largest, named
+from hbp.backends.torch.stack.options import Stack
+from hbp.backends.torch.stack.run import call_layer
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
@@ -37,10 +38,11 @@ def convert(
     The layers stay where they are, with their weights, hooks and names; only their ``forward`` is taken over, so
     the model's own loop goes on calling them one by one, on all of the list or on a slice, with its own arguments.
     Calls without gradients, as in ``generate``, and ``iterations=None`` are the layers' own. What the calls return
-    may be used in a loss, intermediate states too; gradients *of* intermediate states (``retain_grad``) hold only
-    what enters there from outside. A tensor that needs gradients and is neither a layer's parameter nor given to it
-    (from a closure, an attribute, a hook that computes weights) is refused, as is a loss on a tensor from inside a
-    layer. A loop that changes the state between layers is exact there, and said so once. `torch.compile` breaks its
+    may be used in a loss, intermediate states too, and written into. A loop that changes the state between layers, or
+    sets a hook or ``retain_grad`` on it, is exact there, and said so. A tensor that needs gradients and is neither a
+    layer's parameter nor given to it (from a closure, an attribute, a hook that computes weights) is refused, as are a
+    loss on a tensor from inside a layer and backward hooks set there, which would run once per round (``retain_grad``
+    inside a layer adds the rounds up); hooks on parameters and outside tensors run once. `torch.compile` breaks its
     graph at each layer. How the last backward pass pulled back: ``layer.forward.stack.path``. What was converted is
     logged ("hbp", level INFO); `revert` undoes it.
 
@@ -48,8 +50,8 @@ def convert(
         model: any module that calls the entries of a `torch.nn.ModuleList` or `torch.nn.Sequential` one after
             another, each on what the one before returned: a tensor, or a tuple whose first entry is the next state.
         iterations, chunk, residual, damping, tolerance, solver, stacked: as for `Sequential`.
-        stacks: the name or names of the lists to convert, whole, as ``"encoder.layers"``. Otherwise that list
-            of which the longest row of entries of one class has most parameters, and of it that row.
+        stacks: the name or names of the lists to convert, whole, as ``"encoder.layers"``. Otherwise that row of
+            entries of one class that has most parameters; of a model in stages of several widths, the longest row.
 
     Returns:
         The model.
@@ -65,7 +67,7 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
     how = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance)
-    chosen = _named(model, stacks) if stacks is not None else _largest(model)
+    chosen = named(model, stacks) if stacks is not None else [largest(model)]
     converted = []
     for name, layers in chosen:
         options = ConvertedStack(tuple(dict.fromkeys(layers)))
@@ -130,7 +132,7 @@ class ConvertedForward:
             if name not in kwargs:
                 raise TypeError(f"a {type(layer).__name__} was called without its state, {name}")
             args = (kwargs.pop(name),)
-        return self.stack.call(layer, _OwnForward(layer), args[0], args[1:], kwargs)
+        return call_layer(self.stack, layer, _OwnForward(layer), args[0], args[1:], kwargs)
 
 
 class _OwnForward(nn.Module):
@@ -142,35 +144,6 @@ class _OwnForward(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.layer).forward(self.layer, *args, **kwargs)
-
-
-def _largest(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
-    """The row of entries of one class with most parameters, and the name of the list it stands in."""
-    lists = [(name, part) for name, part in model.named_modules() if type(part) in (nn.ModuleList, nn.Sequential)]
-    rows = [(name, list(row)) for name, part in lists for _, row in groupby(part, type)]
-    rows = [(name, row) for name, row in rows if len(row) > 1 and any(_size(layer) for layer in row)]
-    if not rows:
-        seen = ", ".join(repr(name) for name, _ in lists) or "none"
-        raise ValueError(
-            f"found no stack to convert in this {type(model).__name__}: a torch.nn.ModuleList or Sequential with at "
-            f"least two consecutive layers of one class; its lists are: {seen}; give stacks= to convert one whole"
-        )
-    return [max(rows, key=lambda row: sum(map(_size, row[1])))]
-
-
-def _named(model: nn.Module, names: str | Sequence[str]) -> list[tuple[str, list[nn.Module]]]:
-    found = []
-    for name in (names,) if isinstance(names, str) else names:
-        part: Any = dict(model.named_modules()).get(name)
-        if type(part) not in (nn.ModuleList, nn.Sequential) or not len(part):
-            kind = "there is none" if part is None else f"it is a {type(part).__name__} of {len(list(part.children()))}"
-            raise ValueError(f"stacks={name!r}: {kind}; name a torch.nn.ModuleList or Sequential with layers in it")
-        found.append((name, list(part)))
-    return found
-
-
-def _size(layer: nn.Module) -> int:
-    return sum(p.numel() for p in layer.parameters())
 
 
 def _is_converted(layer: nn.Module) -> bool:

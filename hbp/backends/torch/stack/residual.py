@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hbp.core.backend import check_count
 from hbp.core.operator import Diagonal, Identity, LinearOperator
 
 RELUS = (torch.relu, nn.functional.relu)
@@ -28,6 +29,7 @@ class Residual(nn.Module):
 
     def __init__(self, block: nn.Module, activation: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
+        _check_block(block)
         if activation is not None and activation not in RELUS and not isinstance(activation, nn.ReLU):
             raise ValueError(f"activation={activation!r}; give None, torch.relu or torch.nn.ReLU()")
         self.block = block
@@ -54,6 +56,7 @@ class PostNorm(nn.Module):
 
     def __init__(self, block: nn.Module, norm: nn.LayerNorm) -> None:
         super().__init__()
+        _check_block(block)
         if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
             raise ValueError(f"norm is {norm!r}; give a torch.nn.LayerNorm over the last axis")
         self.block = block
@@ -92,7 +95,9 @@ class Downsampled(nn.Module):
 
     def __init__(self, block: nn.Module, factor: int) -> None:
         super().__init__()
-        if factor < 1 or factor & (factor - 1):
+        _check_block(block)
+        factor = check_count("factor", factor, 1)
+        if factor & (factor - 1):
             raise ValueError(f"factor={factor}; give a power of two")
         self.block = block
         self.factor = factor
@@ -115,3 +120,8 @@ class Downsampled(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.up(self.block(self.down(x), *args, **kwargs))
+
+
+def _check_block(block: Any) -> None:
+    if not isinstance(block, nn.Module):
+        raise TypeError(f"block is a {type(block).__name__}; give a torch.nn.Module")

@@ -10,183 +10,87 @@ the adjoint equation for all layers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hbp.backends.torch.array import TorchBackend
-from hbp.backends.torch.autograd import (
-    SWAPPING,
-    Swap,
-    alike,
-    autocast_of,
-    foreign_leaf,
-    opaque,
-    refuse_second_derivatives,
-    refuse_transforms,
-    tensors,
-)
-from hbp.backends.torch.options import Scheduled
-from hbp.backends.torch.stack.graphs import (
-    Call,
-    Layer,
-    LayerGraphs,
-    StackedGraph,
-    promising,
-    pull_back,
-    refusal,
-    version,
-)
+from hbp.backends.torch.autograd import SWAPPING, Swap, foreign_leaf, nodes, opaque, tensors
+from hbp.backends.torch.stack.graphs import Call, Modes, edge, pull_back, version
+from hbp.backends.torch.stack.hooks import cause, leaf_of, no_backward_hooks, watched
+from hbp.backends.torch.stack.nodes import Entry, Link
+from hbp.backends.torch.stack.options import Stack
 from hbp.core.adjoint import highway
 from hbp.core.backend import dtype_name
 from hbp.core.chain import LayerChain
-from hbp.core.operator import Identity, LinearOperator
+from hbp.core.operator import Identity
 from hbp.core.pullbacks import check_same
 from hbp.core.solver import Solver
-from hbp.linearization import stack_maps
 
-BACKEND = TorchBackend()
 IDENTITY = Identity()
+RECORD: ContextVar[list[tuple[Stack, Call]] | None] = ContextVar("RECORD", default=None)
+"""Where a list, calls are appended to it."""
 
 
-class Stack(Scheduled):
-    """The options of a stack of layers, and the calls of its layers."""
+@contextmanager
+def recorded() -> Iterator[list[tuple[Stack, Call]]]:
+    """A list that grows by each call of a stack's layer while this is open, with its stack."""
+    found: list[tuple[Stack, Call]] = []
+    token = RECORD.set(found)
+    try:
+        yield found
+    finally:
+        RECORD.reset(token)
 
-    residual: LinearOperator | None = None
-    damping: float | Sequence[float] = 0
-    stacked: bool | None = None
-    """Whether equal layers are pulled back all at once over stacked parameters; None: where that was faster."""
-    path: str = ""
-    """How the last backward pass pulled back: "stacked", or "loop" with the reason."""
-    proved: bool = False
-    """Whether the layers were once pulled back all at once without fault."""
-    calls: list[Call] | None = None
-    """Where a list, each call is appended to it."""
-    previous: int = 0
-    """The identity of the layer called last."""
 
-    def configure(self, solver: Solver, residual: Any = None, damping: Any = 0, stacked: bool | None = None) -> None:
-        """Set the options, checked.
+@opaque  # one break of a compiled graph per layer
+def call_layer(
+    stack: Stack, layer: nn.Module, target: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call ``target``, which is ``layer`` or has it as its child "layer", on x and further arguments.
 
-        Raises:
-            TypeError, ValueError: an option is not what its name says.
-        """
-        if residual is not None and not isinstance(residual, LinearOperator):
-            raise TypeError(f"residual is a {type(residual).__name__}; give an operator, as hbp.Identity(), or None")
-        numbers = damping if isinstance(damping, list | tuple) else (damping,)
-        if not all(isinstance(gamma, Real) for gamma in numbers):
-            raise TypeError(f"damping is {damping!r}; give a number, or one per layer")
-        if stacked not in (None, True, False):
-            raise ValueError(f"stacked={stacked!r}; give True, False, or None for the faster one")
-        self.solver, self.residual, self.damping, self.stacked = solver, residual, damping, stacked
+    The call continues the run whose last state x is, or begins a new one.
 
-    def members(self) -> Iterable[nn.Module]:
-        """The layers, in order."""
-        raise NotImplementedError
-
-    def tracks(self, *given: Any) -> bool:
-        """Whether a call on these arguments is pulled back here; otherwise torch's own graph is as good."""
-        if self.current().exact:
-            return False
-        refuse_transforms()
-        if not torch.is_grad_enabled():
-            return False
-        return any(t.requires_grad for t in tensors(given)) or bool(self.trainable())
-
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters of all layers that need gradients."""
-        return [p for layer in self.members() for p in layer.parameters() if p.requires_grad]
-
-    @opaque  # one break of a compiled graph per layer
-    def call(
-        self, layer: nn.Module, target: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Call ``target``, which is ``layer`` or has it as its child "layer", on x and further arguments.
-
-        The call continues the run whose last state x is, or begins a new one.
-
-        Returns:
-            What the layer returns, its tensors that need gradients tied to the run.
-        """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(
-                f"a {type(layer).__name__} got a state that is no real floating point tensor: {type(x).__name__}"
-            )
-        node: Any = x.grad_fn if x.output_nr == 0 else None
-        run = getattr(node, "run", None)
-        with SWAPPING:
-            outside = [tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad]
-            if isinstance(run, Run) and run.stack is self and node.number == len(run.layers) and run.knows(outside):
-                self.previous = id(layer)
-                return run.call(layer, target, x, x, args, kwargs)
-            self._check_order(layer)
-            run = Run.begin(self, outside)
-            return run.call(layer, target, x, _Entry.apply(run, x, *run.originals.values()), args, kwargs)
-
-    def _check_order(self, layer: nn.Module) -> None:
-        """Say so where a run begins at a layer that follows on the one called last, so that parallelism is lost."""
-        ids = [id(member) for member in self.members()]
-        if id(layer) != ids[0] and (self.previous, id(layer)) in pairwise(ids):
+    Returns:
+        What the layer returns, its tensors that need gradients tied to the run.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(
+            f"a {type(layer).__name__} got a state that is no real floating point tensor: {type(x).__name__}"
+        )
+    node: Any = x.grad_fn if x.output_nr == 0 and not watched(x) else None
+    run = getattr(node, "run", None)
+    with SWAPPING:
+        outside = [tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad]
+        if isinstance(run, Run) and run.stack is stack and node.number == len(run.layers) and run.knows(outside):
+            return run.call(layer, target, x, x, args, kwargs)
+        if _follows(stack, layer, x):
             warnings.warn(
-                f"a {type(layer).__name__} got another state than the layer before it returned (the model changes it, "
-                "or a hook does), or a tensor that needs gradients and was not given to the stack's first layer; a "
-                "new run of Highway-BP begins there, and backprop is exact from run to run",
-                stacklevel=4,
+                f"a {type(layer).__name__} got another state than the layer before it returned ({cause(x, layer)}), or "
+                "a tensor that needs gradients and was not given to the stack's first layer; a new run of Highway-BP "
+                "begins there, and backprop is exact from run to run",
+                stacklevel=3,
             )
-        self.previous = id(layer)
+        run = Run.begin(stack, outside)
+        return run.call(layer, target, x, Entry.apply(run, x, *run.originals.values()), args, kwargs)
 
-    def graphs(self, calls: Sequence[Call]) -> LayerGraphs | StackedGraph:
-        """The pullbacks of these calls, in the way ``stacked`` says; `path` tells which."""
-        reason = "pinned" if self.stacked is False else refusal(calls)
-        if reason is None and self.stacked is None and not promising(calls):
-            reason = "too large, or of different settings"
-        if reason is None:
-            found = StackedGraph(calls)
-            reason = self._try(found, calls)
-            if reason is None:
-                self.path = "stacked"
-                return found
-        if self.stacked:
-            raise RuntimeError(f"stacked=True, but these layers cannot be pulled back all at once: {reason}")
-        self.path = f"loop: {reason}"
-        return LayerGraphs.of(calls)
 
-    def _try(self, graph: StackedGraph, calls: Sequence[Call]) -> str | None:
-        """Run a stacked graph, and the first time pull zeros back; what speaks against it, or None."""
-        if any(version(call.layer.parameters) != call.layer.version for call in calls):
-            return "parameters were written between forward and backward"
-        try:
-            with warnings.catch_warnings():
-                if self.stacked is None:  # an operation that torch.vmap runs in a loop is no gain
-                    warnings.filterwarnings("error", "There is a performance drop")
-                *_, y = graph.linearized()
-                if not self.proved:
-                    graph(torch.zeros_like(y), BACKEND)
-        except Exception as error:  # torch.vmap has many ways to say that it cannot
-            return f"torch.vmap says: {error}"
-        self.proved = alike(y, torch.stack([call.ends[0] for call in calls]), calls[0].layer.precision)
-        return None if self.proved else "run all at once they give other states: they hold more than parameters"
+def _follows(stack: Stack, layer: nn.Module, x: Tensor) -> bool:
+    """Whether x was made from what the layer before this one returned, so that a run that begins here is a loss."""
+    ids = [id(member) for member in stack.members()]
+    before = {one for one, other in pairwise(ids) if other == id(layer) != ids[0]}
+    found = [node for node in nodes([x.grad_fn], _in_a_run) if _in_a_run(node)] if before else []
+    links = [node for node in found if node.run.stack is stack and hasattr(node, "number")]
+    return any(id(link.run.layers[link.number - 1]) in before for link in links)
 
-    def residual_maps(self, layers: Sequence[Layer], x: Tensor, damped: bool = True) -> LinearOperator:
-        """The stack of residual maps of some of the layers: their own or replaced, and damped, where so chosen."""
-        ids = [id(member) for member in self.members()]
-        whole = len(layers) == len(ids)
-        places = list(range(len(ids))) if whole else [ids.index(id(layer.module)) for layer in layers]
-        maps = [layer.residual_map for layer in layers]
-        if self.residual is not None:
-            bound = self.residual.bind(len(ids), x, BACKEND)
-            maps = [bound[i] for i in places]
-        gammas: Any = self.damping if isinstance(self.damping, list | tuple) else [self.damping] * len(ids)
-        if len(gammas) != len(ids):
-            raise ValueError(f"damping has {len(gammas)} entries and the stack {len(ids)} layers")
-        if damped and self.damping:
-            maps = [one.scaled(1 - gammas[i]) for one, i in zip(maps, places, strict=True)]
-        return stack_maps(maps, x, BACKEND).bind(len(layers), x, BACKEND)
+
+def _in_a_run(node: Any) -> bool:
+    return isinstance(getattr(node, "run", None), Run)
 
 
 @dataclass(eq=False)
@@ -204,17 +108,15 @@ class Run:
     """And back: the tensors shared by the layers and the parameters, by the identity of the copies."""
     layers: list[nn.Module] = field(default_factory=list)
     """The layers called so far."""
-    calls: dict[int, Call] = field(default_factory=dict)
-    """The calls that the backward pass ``task`` has reached, left by their links for the entry."""
+    calls: dict[int, tuple[Call, tuple[Tensor | None, ...]]] = field(default_factory=dict)
+    """The calls that the backward pass ``task`` has reached, with their ends' cotangents, left for the entry."""
     task: int = -1
 
     @classmethod
     def begin(cls, stack: Stack, outside: list[Tensor]) -> Run:
         """A run whose first layer takes these tensors that need gradients."""
         given = tuple({id(tensor): tensor for tensor in (*outside, *stack.trainable())}.values())
-        leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in given}
-        for leaf in leaves.values():
-            leaf.register_post_accumulate_grad_hook(_refuse_inner_gradient)
+        leaves = {id(tensor): leaf_of(tensor) for tensor in given}
         originals = {id(leaf): tensor for leaf, tensor in zip(leaves.values(), given, strict=True)}
         return cls(stack, stack.current(), leaves, originals)
 
@@ -223,115 +125,82 @@ class Run:
         return all(id(tensor) in self.leaves for tensor in outside)
 
     def call(self, layer: nn.Module, target: nn.Module, x: Tensor, carrier: Tensor, args: Any, kwargs: Any) -> Any:
-        """Call one layer on the state x, as `Stack.call`; ``carrier`` is the outer tensor its link hangs on."""
+        """Call one layer on the state x, as `call_layer`; ``carrier`` is the outer tensor its link hangs on."""
         name = f"layer {len(self.layers)}, a {type(layer).__name__},"
         prefix = "" if target is layer else "layer."
         named = layer.named_parameters(remove_duplicate=False)
         own = {prefix + parameter: self.leaves.get(id(p), p) for parameter, p in named}
-        swap = Swap(self.leaves)
+        swap, start = Swap(self.leaves), leaf_of(x)
         arguments = swap(args), {key: swap(value) for key, value in kwargs.items()}
-        start = x.detach().requires_grad_()
-        output = _run(name, target, own, start, *arguments)
+        with no_backward_hooks(name, target, layer):
+            output = _run(name, target, own, start, *arguments)
         swap.check_unwritten(name)
         outputs = output if isinstance(output, tuple) else (output,)
-        if not outputs or not isinstance(outputs[0], Tensor):
-            raise TypeError(
-                f"{name} returned a {type(output).__name__}; expected a tensor, or a tuple whose first entry is one"
-            )
-        y = check_same(f"the output of {name}", outputs[0], x)
-        declared = layer.residual_map(start.detach(), y.detach()) if hasattr(layer, "residual_map") else IDENTITY
-        called = Layer(layer, target, own, arguments, declared, *autocast_of(x), version(own))
-        handed = self._tied(called, carrier, start, (_depending(y, start), *outputs[1:]))
-        if not isinstance(output, tuple):
-            return handed[0]
-        return type(output)(*handed) if hasattr(output, "_fields") else handed
-
-    def _tied(self, layer: Layer, carrier: Tensor, start: Tensor, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A call's results, those that need gradients tied to the run by a new link."""
+        y = _next_state(name, output, x)
         handed: list[Any] = [self.originals.get(id(out), out) for out in outputs]  # an argument handed on
         places = [i for i, out in enumerate(handed) if i == 0 or (out is outputs[i] and _needs_gradient(out))]
-        call = Call(layer, start, tuple(outputs[i] for i in places))
-        foreign = foreign_leaf(call.ends, start, self.originals)
+        results = (_depending(y, start), *(outputs[i] for i in places[1:]))
+        self._check_leaves(name, results, start)
+        declared = layer.residual_map(start.detach(), y.detach()) if hasattr(layer, "residual_map") else IDENTITY
+        ends, count = tuple(map(edge, results)), version(own, start)
+        call = Call(layer, target, own, arguments, declared, Modes.now(x), start, ends, count)
+        for i, tensor in zip(places, self._tied(call, results, carrier), strict=True):
+            handed[i] = tensor
+        if not isinstance(output, tuple):
+            return handed[0]
+        return type(output)(*handed) if hasattr(output, "_fields") else tuple(handed)
+
+    def _check_leaves(self, name: str, results: tuple[Tensor, ...], start: Tensor) -> None:
+        foreign = foreign_leaf(results, start, self.originals)
         if foreign is not None:
             raise RuntimeError(
-                f"layer {len(self.layers)}, a {type(layer.module).__name__}, reads a tensor of shape "
-                f"{tuple(foreign.shape)} that needs gradients and is neither its parameter nor a tensor, tuple, list "
-                "or dict given to it (a cache, a closure, an attribute, weights computed by a hook); its gradient "
-                "would be lost: register it or pass it, use use_cache=False, or set iterations=None"
+                f"{name} reads a tensor of shape {tuple(foreign.shape)} that needs gradients and is neither its "
+                "parameter nor a tensor, tuple, list or dict given to it (a cache, a closure, an attribute, weights "
+                "computed by a hook); its gradient would be lost: register it or pass it, use use_cache=False, or set "
+                "iterations=None"
             )
-        start.register_post_accumulate_grad_hook(_refuse_inner_gradient)
-        self.layers.append(layer.module)
-        if self.stack.calls is not None:
-            self.stack.calls.append(call)
-        for i, tensor in zip(places, _Link.apply(self, call, carrier), strict=True):
-            handed[i] = tensor
-        return tuple(handed)
 
-    def reached(self, number: int, call: Call) -> None:
-        """Take in a call with the cotangents that a backward pass has brought."""
-        task = torch._C._current_graph_task_id()
-        if task != self.task:  # one before that never came to the entry left its calls here
+    def _tied(self, call: Call, results: tuple[Tensor, ...], carrier: Tensor) -> tuple[Tensor, ...]:
+        """A call's results, tied to the run by a new link."""
+        self.layers.append(call.module)
+        record = RECORD.get()
+        if record is not None:
+            record.append((self.stack, call))
+        handed: tuple[Tensor, ...] = Link.apply(self, call, results, carrier)
+        return handed
+
+    def reached(self, number: int, call: Call, cotangents: tuple[Tensor | None, ...]) -> bool:
+        """Take in a call with the cotangents that a backward pass has brought; whether it is the pass's first."""
+        task: int = torch._C._current_graph_task_id()
+        first = task != self.task
+        if first:  # one before that never came to the entry left its calls here
             self.calls.clear()
             self.task = task
-        self.calls[number] = call
+        self.calls[number] = call, cotangents
+        return first
 
     def gradients(self) -> tuple[Tensor, list[Tensor | None]]:
         """The gradients of the first state and of the originals, from the cotangents that the links left."""
-        calls = [self.calls.pop(i) for i in sorted(self.calls)]
+        reached = [self.calls.pop(i) for i in sorted(self.calls)]
+        calls = [call for call, _ in reached]
         first, leaves = calls[0].start, list(self.leaves.values())
-        arrived = [call.cotangents[0] for call in calls]
+        arrived = [cotangents[0] for _, cotangents in reached]
         *entering, last = (torch.zeros_like(first) if c is None else c for c in (None, *arrived))
-        others = [pair for call in calls for pair in zip(call.ends[1:], call.cotangents[1:], strict=True)]
+        others = [pair for call, came in reached for pair in zip(call.ends[1:], came[1:], strict=True)]
         others = [(end, cotangent) for end, cotangent in others if cotangent is not None]
         if others:  # further results of layers were used: cotangents of their states and leaves, known beforehand
             ends, cotangents = zip(*others, strict=True)
             pulled = pull_back(ends, [*(call.start for call in calls), *leaves], cotangents)
             entering = [c if more is None else c + more for c, more in zip(entering, pulled, strict=False)]
         sources = torch.stack(entering) if others or any(c is not None for c in arrived[:-1]) else None
-        residual = self.stack.residual_maps([call.layer for call in calls], first)
-        graphs = self.stack.graphs(calls)
+        graphs = self.stack.pullbacks(calls, leaves)
+        residual = self.stack.residual_maps(calls, first)
         chain = LayerChain(graphs, residual, (tuple(first.shape), dtype_name(first)))
-        g = highway(chain, last, sources=sources, solver=self.solver, backend=BACKEND)
-        found = graphs.gradients(g[1:], leaves) if leaves else []
+        g = highway(chain, last, sources=sources, solver=self.solver, backend=self.stack.backend)
+        found = graphs.gradients(g[1:], leaves)
         if others:
-            found = [
-                b if a is None else a if b is None else a + b for a, b in zip(found, pulled[len(calls) :], strict=True)
-            ]
+            found = [_sum(a, b) for a, b in zip(found, pulled[len(calls) :], strict=True)]
         return g[0], found
-
-
-class _Entry(torch.autograd.Function):
-    """x and what the layers share -> the tensor on which the run's first link hangs."""
-
-    @staticmethod
-    def forward(ctx: Any, run: Run, x: Tensor, *_: Tensor) -> Tensor:
-        ctx.run = run
-        ctx.set_materialize_grads(False)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, _: Any) -> tuple[Any, ...]:
-        dx, others = ctx.run.gradients()
-        return (None, dx, *others)
-
-
-class _Link(torch.autograd.Function):
-    """A node of the outer graph that hands out one call's results and takes in their cotangents."""
-
-    @staticmethod
-    def forward(ctx: Any, run: Run, call: Call, _: Tensor) -> tuple[Tensor, ...]:
-        ctx.run, ctx.number, ctx.layer = run, len(run.layers), call.layer
-        ctx.set_materialize_grads(False)
-        # Saved in autograd's own way: the layer's graph is freed, and a second backward refused, as everywhere.
-        ctx.save_for_backward(call.start, *call.ends)
-        return tuple(end.detach() for end in call.ends)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[None, None, None]:
-        refuse_second_derivatives("iterations=None", *cotangents)
-        start, *ends = ctx.saved_tensors
-        ctx.run.reached(ctx.number, Call(ctx.layer, start, tuple(ends), cotangents))
-        return None, None, None
 
 
 def _run(name: str, target: nn.Module, own: dict[str, Tensor], start: Tensor, args: Any, kwargs: Any) -> Any:
@@ -347,6 +216,22 @@ def _run(name: str, target: nn.Module, own: dict[str, Tensor], start: Tensor, ar
         ) from error
 
 
+def _next_state(name: str, output: Any, x: Tensor) -> Tensor:
+    """The state among a layer's results, checked to be like x."""
+    y = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"{name} returned a {type(output).__name__}; expected a tensor, or a tuple whose first entry is one"
+        )
+    try:
+        return check_same(f"the output of {name}", y, x)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; the layers of a stack keep their state's shape: of a model in stages convert one, stacks="
+            '"..." with the name of its list'
+        ) from None
+
+
 def _depending(y: Tensor, start: Tensor) -> Tensor:
     """y; one that depends on nothing, not even the state, with a graph of zero derivatives."""
     if y.requires_grad:
@@ -359,9 +244,5 @@ def _needs_gradient(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _refuse_inner_gradient(_: Tensor) -> None:
-    raise RuntimeError(
-        "a tensor made inside a converted or stacked layer and not returned by it (taken by a hook, from an attribute "
-        "or a cache) was used in a loss; its gradient would not reach the model. Return it from the layer, or set "
-        "iterations=None"
-    )
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hbp.backends.torch.stack.run import Stack
+from hbp.backends.torch.stack.options import Stack
+from hbp.backends.torch.stack.run import call_layer
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
 
-OPTIONS = ("solver", "residual", "damping", "stacked", "training_step")
+OPTIONS = ("solver", "residual", "damping", "stacked", "backend", "training_step")
 
 
 class Sequential(Stack, nn.Sequential):
@@ -20,8 +21,8 @@ class Sequential(Stack, nn.Sequential):
 
     Each layer runs once in the forward; its own graph stays, and the backward pulls back through all of them at once
     and scans along their residual maps. Randomness and buffers are those of that one run. A tensor that needs gradients
-    and is neither a layer's parameter nor given to it is refused, as are second derivatives; `torch.compile` breaks its
-    graph at each layer.
+    and is neither a layer's parameter nor given to it is refused, as are second derivatives and backward hooks inside
+    a layer, which would run once per round; `torch.compile` breaks its graph at each layer.
 
     Args:
         *layers: whole layers, skip included; those of `Residual` and `PostNorm` know their residual map, any other
@@ -54,6 +55,10 @@ class Sequential(Stack, nn.Sequential):
         solver: Solver | None = None,
         stacked: bool | None = None,
     ) -> None:
+        given = list(layers[0].values()) if len(layers) == 1 and isinstance(layers[0], dict) else layers
+        for i, layer in enumerate(given):
+            if not isinstance(layer, nn.Module):
+                raise TypeError(f"layer {i} is a {type(layer).__name__}; give torch.nn.Modules, as hbp's Residual")
         super().__init__(*layers)
         how = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance)
         self.configure(how, residual, damping, stacked)
@@ -62,7 +67,9 @@ class Sequential(Stack, nn.Sequential):
         found = super().__getitem__(index)
         if isinstance(index, slice):
             for name in OPTIONS:
-                setattr(found, name, getattr(self, name))
+                value = getattr(self, name)
+                per_layer = isinstance(value, list | tuple) or getattr(value, "length", None) is not None
+                setattr(found, name, value[index] if per_layer else value)
         return found
 
     def members(self) -> Iterable[nn.Module]:
@@ -71,6 +78,6 @@ class Sequential(Stack, nn.Sequential):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         tracked = self.tracks(x, args, kwargs)
         for layer in self:
-            found = self.call(layer, layer, x, args, kwargs) if tracked else layer(x, *args, **kwargs)
+            found = call_layer(self, layer, layer, x, args, kwargs) if tracked else layer(x, *args, **kwargs)
             x = found[0] if isinstance(found, tuple) else found
         return x
