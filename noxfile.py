@@ -18,6 +18,8 @@ TEST_TORCH = nox.project.dependency_groups(PROJECT, "test-torch")
 TEST_JAX = nox.project.dependency_groups(PROJECT, "test-jax")
 BENCH = nox.project.dependency_groups(PROJECT, "bench")
 LINT = nox.project.dependency_groups(PROJECT, "lint")
+MUTANTS = nox.project.dependency_groups(PROJECT, "mutants")
+EXTRAS = PROJECT["project"]["optional-dependencies"]
 CONSTRAINTS = ("-c", "tests/constraints.txt")
 
 
@@ -65,6 +67,30 @@ def cupy(session: nox.Session) -> None:
         session.skip("CuPy needs a CUDA device, and nvidia-smi finds none here")
     session.install("-e", ".[cupy-cuda12]", *TEST)
     session.run("pytest", "--backends=numpy,cupy", *session.posargs)
+
+
+def lowest(*requirements: str) -> list[str]:
+    """These requirements at their lower bounds: ``numpy>=2.0`` as ``numpy==2.0``."""
+    return [requirement.replace(">=", "==", 1) for requirement in requirements]
+
+
+@nox.session(python="3.11")
+@nox.parametrize("backend", ["numpy", "torch", "jax"])
+def minimums(session: nox.Session, backend: str) -> None:
+    """The tests at the lower bounds that pyproject.toml states; one may be chosen: ``-s "minimums(backend='jax')"``."""
+    groups = {"numpy": TEST, "torch": TEST_TORCH, "jax": TEST_JAX}
+    extras = {"numpy": ["demo", "numba"], "torch": ["torch", "bench"], "jax": ["jax"]}
+    own = [bound for extra in extras[backend] for bound in EXTRAS[extra]]
+    session.install(*lowest(*PROJECT["project"]["dependencies"], *own, *groups[backend]))
+    session.install("--no-deps", "-e", ".")
+    session.run("pytest", f"--backends={','.join(dict.fromkeys(('numpy', backend)))}", *session.posargs)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """How many small changes to the code NumPy's tests notice, of a sample; ``-- --sample 0`` tries all, for hours."""
+    session.install("-e", ".[numba]", *TEST, *MUTANTS)
+    session.run("python", "tests/mutants.py", *session.posargs)
 
 
 @nox.session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -157,7 +158,8 @@ def test_what_is_refused_is_named():
 @pytest.mark.parametrize(("n", "shape", "launches"), [(40, (64, 257), 1), (1000, (2, 5), 3)])
 def test_lowered_for_a_device(n, shape, launches, dtype):
     a, c = jax.ShapeDtypeStruct((n, *shape), dtype), jax.ShapeDtypeStruct((n + 1, *shape), dtype)
-    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")
+    kind = jax.sharding.AbstractDevice
+    device = kind("NVIDIA H200", 132, *["gpu"][: len(inspect.signature(kind).parameters) - 2])  # JAX 0.10's third
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
         for scan in (kernels.suffix_scan, jax.vmap(kernels.suffix_scan, 1, 1)):
             lowered = jax.jit(scan).trace(Diagonal(a), c).lower(lowering_platforms=("cuda",))
