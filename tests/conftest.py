@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64 parity; hbp itself never touches JAX's configuration
@@ -117,6 +119,18 @@ def library(request: pytest.FixtureRequest) -> Library:
 def _unpinned() -> Iterator[None]:
     yield
     hbp.use(None)
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a backend that loads anywhere and owns nothing here."""
+    library: Any = ModuleType("cupy")
+    front_end: Any = ModuleType("hbp.backends.cupy")
+    library.ndarray = type("ndarray", (), {})
+    front_end.backend = SimpleNamespace(name="cupy", propagate=None)
+    monkeypatch.setitem(sys.modules, "cupy", library)
+    monkeypatch.setitem(sys.modules, "hbp.backends.cupy", front_end)
+    return "cupy"
 
 
 @pytest.fixture

@@ -436,6 +436,22 @@ def test_tolerance_stops_at_the_first_small_increment(cell: Cell, rng: np.random
 
 
 @both_cells
+def test_a_pullback_keeps_its_backend_whatever_is_pinned(cell: Cell, foreign: str, rng: np.random.Generator) -> None:
+    given, options = problem(cell, rng), [{}, {"iterations": 1, "chunk": 2}, {"iterations": 1, "residual": hbp.Zero()}]
+    run = getattr(hbp.cells, cell.name)
+    initial, d = given.s0[:, 0], given.d[:, :, 0]
+    if cell is LSTM:
+        initial, d = (initial, given.s0[:, 1]), (d, given.d[:, :, 1])
+    expected = [run(given.p, given.x, initial)[1](d, **row) for row in options]
+    with hbp.using(foreign):
+        with pytest.raises(TypeError, match="arrays belong to numpy"):
+            run(given.p, given.x, initial)
+        pullback = run(given.p, given.x, initial, backend="numpy")[1]
+        found = [pullback(d, **row) for row in options]
+    close(tuple(found), tuple(expected), 0)
+
+
+@both_cells
 def test_report_reads_the_chain_of_a_pullback(cell: Cell, rng: np.random.Generator) -> None:
     given = problem(cell, rng)
     _, pull, pullback = cell.run(*given.given)

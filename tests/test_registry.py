@@ -41,6 +41,14 @@ def test_the_arrays_choose_where_nothing_is_pinned(library):
     assert resolve(None, library.array(X)) is library.front_end.backend
 
 
+@pytest.mark.parametrize(("name", "kind"), [("cupy", "ndarray"), ("torch", "Tensor"), ("jax", "Array")])
+def test_whose_an_array_is_needs_no_installation(name, kind, monkeypatch):
+    library = ModuleType(name)
+    monkeypatch.setattr(library, kind, type(kind, (), {}), raising=False)
+    monkeypatch.setitem(sys.modules, name, library)
+    assert hbp.backend_of(getattr(library, kind)()) == name
+
+
 def test_numpy_scalars_belong_to_numpy():
     assert hbp.backend_of(np.float64(1.0), X) == "numpy"
 
@@ -340,17 +348,6 @@ def test_a_broken_library_is_unusable_and_says_why(monkeypatch):
     assert "OSError: libcublas.so is missing" in str(state)
     with pytest.raises(RuntimeError, match="cannot be loaded"):
         hbp.use("numpy")
-
-
-@pytest.fixture
-def foreign(monkeypatch):
-    """The name of a backend that loads anywhere and owns nothing here."""
-    library, front_end = ModuleType("cupy"), ModuleType("hbp.backends.cupy")
-    library.ndarray = type("ndarray", (), {})
-    front_end.backend = SimpleNamespace(name="cupy", propagate=None)
-    monkeypatch.setitem(sys.modules, "cupy", library)
-    monkeypatch.setitem(sys.modules, "hbp.backends.cupy", front_end)
-    return "cupy"
 
 
 @pytest.mark.parametrize("pin", [hbp.use, hbp.using])
