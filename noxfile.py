@@ -77,7 +77,7 @@ def lowest(*requirements: str) -> list[str]:
 @nox.session(python="3.11")
 @nox.parametrize("backend", ["numpy", "torch", "jax"])
 def minimums(session: nox.Session, backend: str) -> None:
-    """The tests at the lower bounds that pyproject.toml states; one may be chosen: ``-s "minimums(backend='jax')"``."""
+    """The tests at the lower bounds that pyproject.toml states; not in the default set, which takes long enough."""
     groups = {"numpy": TEST, "torch": TEST_TORCH, "jax": TEST_JAX}
     extras = {"numpy": ["demo", "numba"], "torch": ["torch", "bench"], "jax": ["jax"]}
     own = [bound for extra in extras[backend] for bound in EXTRAS[extra]]
