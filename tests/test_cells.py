@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -372,6 +372,16 @@ def test_lstm_carries_a_loss_on_h_through_time_without_iterations(rng: np.random
     assert not dx[:-1].any()
     assert dx[-1].any()
     assert not ds0.any()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_an_lstms_pullback_finds_its_cell_states_again(size: Any, rng: np.random.Generator) -> None:
+    given = problem(LSTM, rng, size)
+    pullback = LSTM.run(*given.given)[2]
+    forgetful, d = replace(pullback, states=(pullback.states[0], None)), (given.d[:, :, 1], given.d[:, :, 0])
+    for options in ({"iterations": 1}, {"iterations": size[0], "chunk": 2}, {"iterations": 0, "residual": hbp.Zero()}):
+        found, expected = forgetful(d, **options), pullback(d, **options)
+        close((tuple(found[0]), *found[1:]), (tuple(expected[0]), *expected[1:]), EXACT)
 
 
 def test_lstm_without_a_cotangent_of_c_is_one_of_zeros(rng: np.random.Generator) -> None:
