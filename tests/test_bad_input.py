@@ -299,13 +299,8 @@ def test_errors_of_a_pullback_come_through():
 # Counts, tolerances, backends, schedules
 
 
-COUNTED = pytest.mark.xfail(
-    tuple(map(int, np.__version__.split(".")[:2])) < (2, 3), reason="NumPy before 2.3 counts np.True_ as 1"
-)
-
-
 @pytest.mark.parametrize(
-    "value", [1.0, True, False, "1", [1], np.float64(2), pytest.param(np.bool_(True), marks=COUNTED)], ids=repr
+    "value", [1.0, True, False, "1", [1], np.float64(2), np.bool_(True)], ids=repr
 )
 def test_counts_are_integers(value):
     name = type(value).__name__

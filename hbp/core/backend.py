@@ -109,7 +109,7 @@ def check_count(name: str, value: Any, minimum: int) -> int:
         count = index(value)
     except TypeError:
         count = None
-    if count is None or isinstance(value, bool):
+    if count is None or type(value).__name__ in ("bool", "bool_"):  # NumPy's too
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer of at least {minimum}")
     if count < minimum:
         raise ValueError(f"{name}={count} is too small; give an integer of at least {minimum}")
