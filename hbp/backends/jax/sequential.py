@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from hbp.backends.jax.chains import BACKEND, Tree, highway_states, in_turn, of_each, settled, varying
+from hbp.backends.jax.chains import BACKEND, Maps, Tree, highway_states, in_turn, of_each, settled, varying
 from hbp.backends.jax.checks import check_function, check_like, check_stacked, check_state, closed, static_solver
 from hbp.backends.jax.depth import DepthParallel, check_axis
 from hbp.core.backend import Array
@@ -67,19 +67,9 @@ def sequential(
     >>> jax.grad(loss)(jnp.ones((8, 3, 3))).shape
     (8, 3, 3)
     """
-    check_function("layer", layer, "(params[i], x) -> x")
-    if not isinstance(residual, LinearOperator):
-        check_function("residual", residual, "(params[i], x[i]) -> one map, or an operator, as hbp.Scalar(0.5)")
     x = jax.tree.map(jnp.asarray, x)
     how = static_solver(solver, iterations, chunk, tolerance)
-    length = check_stacked("params", params)
-    if not jax.tree.leaves(x):
-        raise ValueError("x holds no arrays; give the first state")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
-        check_state(f"x{jax.tree_util.keystr(path)}", leaf)
-    single = hasattr(x, "shape")
-    if not single and not isinstance(residual, Identity | Scalar | Zero):
-        raise TypeError("states that are pytrees take Identity(), Scalar(...) or Zero() as residual")
+    length, single = _checked_length(layer, params, x, residual), hasattr(x, "shape")
     if axis_name is not None:
         check_axis(axis_name, params)
     if not length:
@@ -106,20 +96,37 @@ def sequential(
     def pure(both: tuple[Tree, ...], row: Tree, state: Array) -> Array:
         return own(both[0], row, state, both[1])
 
-    maps: Any
-    if isinstance(residual, LinearOperator):
-        residual.bind(length, flat, BACKEND)  # checked before any work
-        held: Any = residual
-        maps = lambda both, *_: both[2]  # noqa: E731
-    else:
-        one, held = closed(partial(_checked_map, residual), first, flat)
-        maps = of_each(lambda both, row, state, _: one(row, state, both[2]))
+    maps, held = _maps(residual, first, flat, length)
     given = (*given, jax.tree.map(jax.lax.stop_gradient, held))
 
     if depth is None:
         return unravel(highway_states(pure, maps, given, params, flat, solver=how)[-1])
     depth.check(length, how.chunk)
     return unravel(depth.last(highway_states(pure, maps, given, params, flat, solver=how, run=run, backend=depth)))
+
+
+def _checked_length(layer: Any, params: Tree, x: Tree, residual: Any) -> int:
+    """The number of layers, after checking what can be checked of the arguments as they are."""
+    check_function("layer", layer, "(params[i], x) -> x")
+    if not isinstance(residual, LinearOperator):
+        check_function("residual", residual, "(params[i], x[i]) -> one map, or an operator, as hbp.Scalar(0.5)")
+    length = check_stacked("params", params)
+    if not jax.tree.leaves(x):
+        raise ValueError("x holds no arrays; give the first state")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+        check_state(f"x{jax.tree_util.keystr(path)}", leaf)
+    if not hasattr(x, "shape") and not isinstance(residual, Identity | Scalar | Zero):
+        raise TypeError("states that are pytrees take Identity(), Scalar(...) or Zero() as residual")
+    return length
+
+
+def _maps(residual: Any, row: Tree, state: Array, length: int) -> tuple[Maps, Tree]:
+    """The residual maps from ``(..., the arrays they hold)``, rows and states, and those arrays."""
+    if isinstance(residual, LinearOperator):
+        residual.bind(length, state, BACKEND)  # checked before any work
+        return lambda given, *_: given[-1], residual
+    one, held = closed(partial(_checked_map, residual), row, state)
+    return of_each(lambda given, row, state, _: one(row, state, given[-1])), held
 
 
 def _checked_map(residual: Callable[[Tree, Array], LinearOperator], row: Tree, state: Array) -> LinearOperator:
