@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from hbp.agreement import Agreement
 from hbp.backends.numpy import backend
 from hbp.core.registry import load
+from hbp.diagnosis.agreement import Agreement
 
 
 @dataclass(frozen=True)

@@ -299,9 +299,7 @@ def test_errors_of_a_pullback_come_through():
 # Counts, tolerances, backends, schedules
 
 
-@pytest.mark.parametrize(
-    "value", [1.0, True, False, "1", [1], np.float64(2), np.bool_(True)], ids=repr
-)
+@pytest.mark.parametrize("value", [1.0, True, False, "1", [1], np.float64(2), np.bool_(True)], ids=repr)
 def test_counts_are_integers(value):
     name = type(value).__name__
     for call in (hbp.highway, hbp.report):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from hbp import agreement as agreements
-from hbp.agreement import Agreement
 from hbp.core.increments import Iterate, Report
 from hbp.core.solver import Solver
 from hbp.diagnosis import Diagnosis, Row, Settings
+from hbp.diagnosis.agreement import Agreement
 
 REPORT = Report((2.0, 1.0), (2.0, 4.0), exact=False)
 

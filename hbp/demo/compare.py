@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from hbp.agreement import Agreement
 from hbp.core.backend import Array
 from hbp.core.operator import LinearOperator, Zero
 from hbp.demo.model import Adam, Classifier, Digits, Model, digits, initial
+from hbp.diagnosis.agreement import Agreement
 
 COSINE_EVERY = 10
 ACCURACY_EVERY = 50

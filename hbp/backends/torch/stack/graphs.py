@@ -104,3 +104,8 @@ def pull_back(
         return []
     options = {"retain_graph": True, "allow_unused": True}
     return list(torch.autograd.grad(ends, starts, list(cotangents), **options))
+
+
+def summed(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, of which None is zero."""
+    return b if a is None else a if b is None else a + b

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 import torch
@@ -11,16 +11,12 @@ from torch import Tensor
 from hbp.backends.torch.autograd import refuse_second_derivatives
 from hbp.backends.torch.stack.hooks import watched
 
-if TYPE_CHECKING:
-    from hbp.backends.torch.stack.graphs import Call
-    from hbp.backends.torch.stack.run import Run
-
 
 class Entry(torch.autograd.Function):
     """x and what the layers share -> the tensor on which the run's first link hangs."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, x: Tensor, *_: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Any, x: Tensor, *_: Tensor) -> Tensor:
         ctx.run = run
         ctx.set_materialize_grads(False)
         return x.view_as(x)
@@ -35,7 +31,7 @@ class Link(torch.autograd.Function):
     """Hands out the results of one call and takes in their cotangents."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, call: Call, results: tuple[Tensor, ...], carrier: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, run: Any, call: Any, results: tuple[Tensor, ...], carrier: Tensor) -> tuple[Tensor, ...]:
         ctx.run, ctx.call, ctx.number, ctx.carrier = run, call, len(run.layers), ref(carrier)
         ctx.set_materialize_grads(False)
         # Nothing, but in autograd's own way: a second backward is refused as everywhere. The results themselves are

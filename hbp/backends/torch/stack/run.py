@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hbp.backends.torch.autograd import SWAPPING, Swap, foreign_leaf, nodes, opaque, tensors
-from hbp.backends.torch.stack.graphs import Call, Modes, edge, pull_back, version
+from hbp.backends.torch.stack.graphs import Call, Modes, edge, pull_back, summed, version
 from hbp.backends.torch.stack.hooks import cause, leaf_of, no_backward_hooks, watched
 from hbp.backends.torch.stack.nodes import Entry, Link
 from hbp.backends.torch.stack.options import Stack
@@ -199,7 +199,7 @@ class Run:
         g = highway(chain, last, sources=sources, solver=self.solver, backend=self.stack.backend)
         found = graphs.gradients(g[1:], leaves)
         if others:
-            found = [_sum(a, b) for a, b in zip(found, pulled[len(calls) :], strict=True)]
+            found = [summed(a, b) for a, b in zip(found, pulled[len(calls) :], strict=True)]
         return g[0], found
 
 
@@ -242,7 +242,3 @@ def _depending(y: Tensor, start: Tensor) -> Tensor:
 
 def _needs_gradient(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from hbp.diagnosis import Diagnosis
+from typing import Any
 
 
 def check(path: str | Path) -> None:
@@ -26,16 +24,16 @@ def check(path: str | Path) -> None:
         raise PermissionError(f"plot={str(path)!r} cannot be written there; give another file")
 
 
-def draw(diagnosis: Diagnosis, path: str | Path) -> None:
-    """Write a picture: error against k, error by layer, and the increments of the largest k."""
-    figure, rows = _figure(), diagnosis.rows
+def draw(rows: Sequence[Any], target: float, path: str | Path) -> None:
+    """Write a picture of a diagnosis' rows: error against k, error by layer, and the increments of the largest k."""
+    figure = _figure()
     overall, by_layer, increments = figure.subplots(1, 3)
     for chunk in dict.fromkeys(row.chunk for row in rows):
         own = sorted((row for row in rows if row.chunk == chunk), key=lambda row: row.iterations or 0)
         overall.plot([row.iterations for row in own], [row.overall.error for row in own], "o-", label=f"chunk {chunk}")
         for name, report in own[-1].reports.items():
             increments.plot(report.shares, "o-", label=f"{name or 'all'}, chunk {chunk}")
-    overall.axhline(diagnosis.target, color="gray", linestyle=":", label="target")
+    overall.axhline(target, color="gray", linestyle=":", label="target")
     _logarithmic(overall, "k", "relative error of the gradient")
     _logarithmic(increments, "round", "increment / solution")
     for row in rows:

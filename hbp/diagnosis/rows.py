@@ -10,12 +10,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
 
-from hbp import picture
-from hbp.agreement import Agreement
-from hbp.backends._array import ArrayBackend
 from hbp.core.backend import Array, check_count
 from hbp.core.increments import ADVICE, Report
 from hbp.core.solver import Solver
+from hbp.diagnosis import picture
+from hbp.diagnosis.agreement import Agreement
 
 HEADER = f"{'k':>5} {'chunk':>6} {'error':>9} {'cosine':>8} {'worst layer':>24} {'increment':>10} {'ms':>9}"
 PASSES = 3
@@ -139,7 +138,7 @@ class Diagnosis:
 
     def plot(self, path: str | Path) -> None:
         """Write a picture: error against k, error by layer, and the increments of the largest k."""
-        picture.draw(self, path)
+        picture.draw(self.rows, self.target, path)
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ class Settings:
 
 def diagnosed(
     settings: Settings,
-    backend: ArrayBackend,
+    backend: Any,
     gradient: Callable[[Solver], tuple[Gradient, Mapping[str, Report]]],
     seconds: Callable[[Solver], float],
 ) -> Diagnosis:
