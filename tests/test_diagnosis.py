@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 import sys
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbp import agreement as agreements
 from hbp.core.increments import Iterate, Report
 from hbp.core.solver import Solver
 from hbp.diagnosis import Diagnosis, Row, Settings
@@ -53,11 +51,6 @@ def test_an_agreement_in_half_precision_is_summed_in_single(library):
     whole = Agreement.of(library.array(found), library.array(exact), library.front_end.backend)
     assert whole.error == pytest.approx(0.125**0.5, rel=1e-3)
     assert whole.cosine == pytest.approx(1.25 / 1.625**0.5, rel=1e-3)
-
-
-def test_the_docstring_s_example():
-    assert doctest.testmod(agreements).attempted
-    assert not doctest.testmod(agreements).failed
 
 
 def test_agreements_of_zeros_and_of_other_shapes():
