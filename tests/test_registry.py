@@ -359,12 +359,12 @@ def test_an_explicit_backend_coarsens_and_solves_whatever_is_pinned(length, pin,
     with pin(foreign) if pin is hbp.using else nullcontext(pin(foreign)):
         with pytest.raises(TypeError, match="the backend is 'cupy' and the arrays belong to numpy"):
             hbp.highway(chain, x, 1)
-        coarse = [chain.coarsen(3), chain.coarsen(3, "numpy"), chain.coarsen(3, load("numpy").backend)]
+        coarse = chain.coarsen(3)
         for k in (0, 1):
-            for found in [hbp.highway(one, x, k, backend="numpy") for one in coarse]:
-                np.testing.assert_allclose(found, expected[k][[*range(0, length, 3), length]], rtol=1e-14)
+            found = hbp.highway(coarse, x, k, backend="numpy")
+            np.testing.assert_allclose(found, expected[k][[*range(0, length, 3), length]], rtol=1e-14)
             found = hbp.highway(chain, x, k, chunk=3, backend="numpy")
             np.testing.assert_array_equal(found, expected[k])
-        assert len(hbp.report(chain, x, chunk=3, backend="numpy").sizes) == len(coarse[0]) + 1
+        assert len(hbp.report(chain, x, chunk=3, backend="numpy").sizes) == len(coarse) + 1
         stages = [it.iteration for it in hbp.iterates(chain, x, chunk=3, backend="numpy")]
-        assert stages == list(range(len(coarse[0]) + 1))
+        assert stages == list(range(len(coarse) + 1))
