@@ -31,9 +31,13 @@ from mutmut.mutation.mutators import mutation_operators, operator_string
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("hbp", "tests", "pyproject.toml", "README.md")
-CORE = [f"tests/test_{name}.py" for name in ("operators", "scan", "schedule", "properties", "bad_input", "adjoint")]
+CORE = [
+    f"tests/test_{name}.py"
+    for name in ("operators", "scan", "schedule", "solver", "properties", "bad_input", "adjoint")
+]
 SUITES = {
     "hbp/core": [*CORE, "tests/test_registry.py", "tests/test_cells.py"],
+    "hbp/linearization.py": CORE,
     "hbp/cells": ["tests/test_cells.py", "tests/test_cpu_kernels.py"],
     "hbp/backends/_array.py": [*CORE, "tests/test_cpu_kernels.py"],
     "hbp/backends/_numba": ["tests/test_cpu_kernels.py", "tests/test_scan.py"],
@@ -194,7 +198,7 @@ def survives(copies: SimpleQueue[Path], mutant: Mutant) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", default=list(SUITES)[:3], help="folders or files below hbp")
+    parser.add_argument("parts", nargs="*", default=list(SUITES)[:4], help="folders or files below hbp")
     parser.add_argument("--sample", type=int, default=60, help="mutants tried, 0 for all")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
