@@ -151,7 +151,10 @@ def stack_maps(maps: Sequence[LinearOperator], like: Array, backend: Backend) ->
         names = sorted(kind.__name__ for kind in kinds)
         raise TypeError(f"one chain mixes the residual kinds {names}; a Pair goes with Pairs only")
     alike = len(kinds) == 1 and len({tuple(tuple(array.shape) for array in own) for own in arrays}) == 1
-    kind: Any = max({Scalar, *kinds}, key=WIDER.index)
+    if kinds - set(WIDER) and not alike:
+        names = sorted(kind.__name__ for kind in kinds)
+        raise TypeError(f"one chain mixes the residual kinds or shapes of {names}; a kind of your own goes alone")
+    kind: Any = type(maps[0]) if kinds - set(WIDER) else max({Scalar, *kinds}, key=WIDER.index)
     zeros = backend.zeros_like(like)
     one = zero(like, backend) + 1 if kind is Scalar else zeros + 1
     if kind is Dense and not alike:
@@ -160,7 +163,7 @@ def stack_maps(maps: Sequence[LinearOperator], like: Array, backend: Backend) ->
         arrays = [(m.matrix + zeros[..., None] if isinstance(m, Dense) else m.mv(one)[..., None] * eye,) for m in maps]
     elif kind is Pair:
         arrays = arrays if alike else [tuple(array + zeros for array in own) for own in arrays]
-    elif not alike or kind is Scalar:
+    elif kind in WIDER and (not alike or kind is Scalar):
         arrays = [(entry.mv(one),) for entry in maps]
     found: LinearOperator = kind(*(backend.stack(rows) for rows in zip(*arrays, strict=True)))
     return found

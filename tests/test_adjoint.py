@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from itertools import pairwise, product
@@ -731,3 +732,42 @@ def test_slices_of_a_coarse_chain_are_chains_of_its_stages(kind, cut, stages, rn
     for k in range(len(stages) + 1):
         expected = chunked_path_sum(np.stack(R), np.stack(whole) - np.stack(R), c, k, 1)
         close(hbp.highway(coarse[cut], problem.cotangent, k).reshape(expected.shape), expected)
+
+
+def test_a_coarse_chain_takes_another_residual_path():
+    chain = LinearizedChain([lambda g: 0.5 * g] * 4, Scalar(0.9))
+    coarse, x = chain.coarsen(2), np.ones(1)
+    assert hbp.highway(coarse, x, 0)[0].item() == pytest.approx(0.9**4)
+    assert hbp.highway(dataclasses.replace(coarse, residual=Scalar(0.1)), x, 0)[0].item() == pytest.approx(0.01)
+    assert hbp.highway(coarse.resplit(Scalar(0.1)), x, 0)[0].item() == pytest.approx(0.01)
+    with pytest.raises(ValueError, match="has 4 maps and the chain 2 layers"):
+        dataclasses.replace(coarse, residual=Scalar(np.ones(4)))
+
+
+class Exponential(hbp.LinearOperator):
+    """A kind of a user's own: v -> exp(a) v."""
+
+    def __init__(self, exponents: np.ndarray) -> None:
+        object.__setattr__(self, "exponents", exponents)
+
+    def _target(self, like: Any) -> Any:
+        return tuple(like.shape), ()
+
+    def mv(self, v: Any) -> Any:
+        return np.exp(self.exponents) * v
+
+
+def test_a_residual_path_of_a_kind_of_one_s_own(rng):
+    exponents, x = rng.normal(size=(4, 3)), rng.normal(size=3)
+    own, known = Exponential(exponents), Diagonal(np.exp(exponents))
+    pullbacks = [lambda g: 0.5 * g] * 4
+    for k in range(5):
+        expected = hbp.highway(LinearizedChain(pullbacks, known), x, k)
+        close(hbp.highway(LinearizedChain(pullbacks, own), x, k), expected)
+    half = lambda x: (0.5 * x, lambda g: 0.5 * g)  # noqa: E731
+    chains = [hbp.linearize([half] * 4, x, lambda i, _, kind=kind: kind[i])[1] for kind in (own, known)]
+    close(*(hbp.highway(chain, x, 1) for chain in chains))
+    with pytest.raises(NotImplementedError, match=r"no scaled\(factor\); define it"):
+        own.scaled(0.5)
+    with pytest.raises(TypeError, match="a kind of your own goes alone"):
+        hbp.linearize([half] * 2, x, lambda i, _: own[0] if i else known[0])

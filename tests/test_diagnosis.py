@@ -71,7 +71,7 @@ def test_agreements_of_zeros_and_of_other_shapes():
 def test_an_increment_s_share_of_the_solution():
     report = Report((2.0, 0.0, 1.0), (4.0, 0.0, 0.0), exact=False)
     assert report.shares == (0.5, 0.0, math.inf)
-    assert report.last == math.inf
+    assert report.shares[-1] == math.inf
     assert [Iterate(0, None, new, size).relative for new, size in zip((2, 0, 1), (4, 0, 0), strict=True)] == [
         0.5,
         0,

@@ -126,6 +126,31 @@ assert len(here) == len(there) == 1
 assert 1 < len(here[0].increments) < L
 np.testing.assert_allclose(there[0].increments, here[0].increments, rtol=1e-9)
 np.testing.assert_allclose(there[0].sizes, here[0].sizes, rtol=1e-9)
+
+told = []
+run = partial(hb.sequential, layer, solver=hbp.Solver(tolerance=0.01, watch=told.append))
+specs = (P("i"), P("data"), P())
+spread = jax.shard_map(partial(run, axis_name="i"), mesh=both, in_specs=specs, out_specs=P("data"))
+close(jax.jit(jax.grad(partial(loss, spread), (0, 1, 2)))(gentle, x, scale), found[id(here)])
+jax.effects_barrier()
+assert len(told) == 1
+np.testing.assert_allclose(told[0].increments, here[0].increments, rtol=1e-9)
+
+def centred(own, x, scale, mean=lambda a: a.mean(0, keepdims=True)):  # layers that wait for all shards of the batch
+    return x + scale * (jnp.tanh(x @ own["w"]) - mean(jnp.tanh(x @ own["w"])))
+
+def over_batch(a):
+    return jax.lax.pmean(a.mean(0, keepdims=True), "i")
+
+expected = jax.grad(partial(loss, partial(hb.sequential, centred, iterations=None, tolerance=0.01)))(gentle, x, scale)
+for check in (True, False):
+    run = partial(hb.sequential, partial(centred, mean=over_batch), iterations=None, tolerance=0.01)
+    spread = jax.shard_map(run, mesh=mesh, in_specs=(P(), P("i"), P()), out_specs=P("i"), check_vma=check)
+    gradient = jax.grad(partial(loss, spread))
+    if check:
+        close(jax.jit(gradient)(gentle, x, scale), expected)
+    else:
+        refused("needs its check_vma=True, to stop on all of .'i'. at once", gradient, gentle, x, scale)
 print("all agree")
 """
 

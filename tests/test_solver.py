@@ -87,3 +87,13 @@ def test_a_schedule_is_taken_at_a_step():
     for call in (lambda: hbp.highway(CHAIN, C, solver=solver), lambda: hbp.highway(CHAIN, C, solver.iterations)):
         with pytest.raises(TypeError, match="iterations is a Schedule; call it with the training step"):
             call()
+
+
+def test_solvers_with_different_watchers_differ():
+    assert Solver(3) != Solver(3, watch=print)
+    assert Solver(3, watch=print) == Solver(3, watch=print)
+    seen: list[Any] = []
+    both = Solver(2, watch=seen.append).watched(seen.append)
+    hbp.highway(CHAIN, C, solver=both)
+    assert len(seen) == 2
+    assert seen[0] is seen[1]

@@ -230,3 +230,19 @@ def test_the_in_place_scan_is_the_recurrence(length, width):
     found = hb.propagate(hbp.Diagonal(values), c)
     reference = torch.stack(expected[::-1])
     assert ((found - reference).abs() <= 1e-12 * (1 + reference.abs())).all()
+
+
+def test_backward_hooks_in_a_cell_are_refused():
+    class Cell(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 3)
+
+        def forward(self, h: Any, x: Any) -> Any:
+            return torch.sigmoid(x), torch.tanh(self.linear(h))
+
+    cell, xs = Cell(), torch.ones(4, 2, 3)
+    cell.linear.register_full_backward_hook(lambda module, into, out: (into[0].clamp(-0.02, 0.02),))
+    with pytest.raises(RuntimeError, match="the cell sets backward hooks inside, on linear"):
+        hb.scan(cell, torch.zeros(2, 3), xs, iterations=2)
+    hb.scan(cell, torch.zeros(2, 3, requires_grad=True), xs)[0].sum().backward()

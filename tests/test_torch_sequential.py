@@ -180,7 +180,10 @@ class Choosing(nn.Linear):
         (lambda: [nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D)) for _ in range(2)], "the layers have buffers"),
         (lambda: [nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5)) for _ in range(2)], "the layers are random"),
         (lambda: [Choosing(D, D) for _ in range(2)], "torch.vmap says"),
-        (lambda: [Scaled(0.5), Scaled(0.25)], "different settings|they hold more than parameters"),
+        (
+            lambda: [Scaled(0.5), Scaled(0.25)],
+            "different settings|hold more than parameters|have other values",
+        ),
     ],
 )
 def test_layers_that_cannot_be_pulled_back_all_at_once(layers, reason):

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import hbp
+
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
 nn = torch.nn
@@ -469,3 +471,62 @@ def test_fully_sharded_models_take_k_iterations_and_sharded_layers_say_that_they
     shard(blocks[3].linear, mesh=mesh)
     with pytest.raises(RuntimeError, match=r"layer 3, a Tapped, .* on linear \(by fully_shard: shard the whole model"):
         sharded_gradients(shard(converted(blocks, 1), mesh=mesh))
+
+
+class Changing(nn.Module):
+    """A layer whose value depends on something beside its parameters and its state."""
+
+    scale = 1.0
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(D, D), nn.Dropout(p)
+
+    def forward(self, x: Any) -> Any:
+        return x + self.scale * self.dropout(torch.tanh(self.linear(x)))
+
+
+def trained_in_evaluation(model: Any) -> None:
+    model.eval()
+
+
+def scaled(model: Any) -> None:
+    for layer in model:
+        layer.scale = 3.0
+
+
+@pytest.mark.parametrize("change", [trained_in_evaluation, scaled])
+def test_what_changes_between_forward_and_backward_does_not_reach_the_gradient(change):
+    torch.manual_seed(0)
+    model = hb.Sequential(*(Changing(0.5) for _ in range(L)), iterations=L).double().eval()
+    gradients(model)
+    assert model.path == "stacked"  # proved
+    model.train()
+    x = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    loss = model(x).cos().sum()
+    change(model)
+    found = torch.autograd.grad(loss, [x, *model.parameters()])
+    Changing.scale = 1.0
+    for layer in model:
+        layer.scale = 1.0
+    model.train()
+    model.iterations = None
+    torch.manual_seed(1)
+    close(found, torch.autograd.grad(model(x).cos().sum(), [x, *model.parameters()]))
+
+
+def test_replicas_of_data_parallel_are_refused():
+    model = sequential(layers(), 2)
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"replicas of DataParallel .* use DistributedDataParallel"):
+        replica(torch.ones(1, D, dtype=torch.float64))
+
+
+def test_reports_and_a_watching_solver_are_both_told():
+    seen: list[Any] = []
+    model = hb.Sequential(*layers(), solver=hbp.Solver(2, watch=seen.append)).double()
+    model.reports = []
+    gradients(model)
+    assert len(seen) == len(model.reports) == 1
+    assert seen[0] is model.reports[0]

@@ -71,7 +71,7 @@ def own_code(
     if residual is not None:
         return None, None
     given = [array for array in arrays if array is not None]
-    plain = not solver.exact and solver == Solver(solver.iterations) and solver.watch is None
+    plain = not solver.exact and solver == Solver(solver.iterations)
     whole = backend.kernel(f"{cell}_adjoint", *given) if solver.exact else None
     if whole is None and (solver.exact or plain):
         in_place = backend.kernel(f"{cell}_in_place", *given)

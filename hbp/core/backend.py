@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from operator import index
 from typing import Any, Protocol, TypeAlias
 
@@ -105,10 +106,9 @@ def check_count(name: str, value: Any, minimum: int) -> int:
         TypeError: it is no integer.
         ValueError: it is below the minimum.
     """
-    try:
+    count = None
+    with suppress(TypeError):
         count = index(value)
-    except TypeError:
-        count = None
     if count is None or type(value).__name__ in ("bool", "bool_"):  # NumPy's too
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer of at least {minimum}")
     if count < minimum:

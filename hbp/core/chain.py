@@ -45,12 +45,7 @@ class LinearizedChain(Pullbacks):
         check_kind("residual", self.residual, LinearOperator, "an operator, as Identity()")
         if not all(hasattr(self.pullbacks, name) for name in ("__len__", "__getitem__", "at")):
             raise TypeError(f"pullbacks is a {type(self.pullbacks).__name__}; give a list of callables, one per block")
-        self.residual.check_length(self._layers)
-
-    @property
-    def _layers(self) -> int:
-        """The number of residual maps."""
-        return len(self)
+        self.residual.check_length(len(self))
 
     @property
     def traceable(self) -> bool:  # type: ignore[override]
@@ -60,7 +55,9 @@ class LinearizedChain(Pullbacks):
         return len(self.pullbacks)
 
     def __getitem__(self, index: slice) -> LinearizedChain:
-        _check_slice(index)
+        check_kind("an index", index, slice, "chain[i:j]: a chain is cut by slices")
+        if index.step is not None and check_count("a slice's step", index.step, -sys.maxsize) < 1:
+            raise ValueError(f"a chain is cut in its own order, by slices of a positive step, not of {index.step}")
         return replace(self, pullbacks=self.pullbacks[index], residual=self.residual[index])
 
     def __call__(self, cotangents: Array, backend: Backend) -> Array:
@@ -74,16 +71,13 @@ class LinearizedChain(Pullbacks):
         return self.pullbacks(g, backend)
 
     def bind(self, like: Array, backend: Backend) -> Self:
-        self._check_state(like)
-        inner = self.pullbacks.bind(like, backend) if isinstance(self.pullbacks, Pullbacks) else self.pullbacks
-        return replace(self, pullbacks=inner, residual=self.residual.bind(len(self), like, backend))
-
-    def _check_state(self, like: Array) -> None:
         if self.state is not None:
             shape, dtype = self.state
             check_shape("the cotangent, as the chain's states,", like, shape)
             if dtype_name(like) != dtype:
                 raise TypeError(f"the cotangent is {dtype_name(like)} and the chain's states are {dtype}; cast it")
+        inner = self.pullbacks.bind(like, backend) if isinstance(self.pullbacks, Pullbacks) else self.pullbacks
+        return replace(self, pullbacks=inner, residual=self.residual.bind(len(self), like, backend))
 
     def resplit(self, residual: LinearOperator) -> LinearizedChain:
         """The same layers under another split: the block is whatever ``residual`` leaves of each layer."""
@@ -96,7 +90,11 @@ class LinearizedChain(Pullbacks):
         through them.
         """
         size = min(check_count("chunk", size, 1), max(len(self), 1))
-        return self if size == 1 else StageChain(Stages(self, size, size), self.residual, self.state)
+        return (
+            self
+            if size == 1
+            else LayerChain(Stages(self, size, size), Composed(self.residual, len(self), size, size), self.state)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,26 +113,6 @@ class LayerChain(LinearizedChain):
 
 
 @dataclass(frozen=True, eq=False)
-class StageChain(LayerChain):
-    """A chain of `Stages` and its layers' residual maps, which are composed stage by stage when it is bound."""
-
-    @property
-    def _layers(self) -> int:
-        return int(self.pullbacks.chain._layers)
-
-    def __getitem__(self, index: slice) -> StageChain:
-        _check_slice(index)
-        stages = self.pullbacks[index]
-        return StageChain(stages, stages.chain.residual, self.state)
-
-    def bind(self, like: Array, backend: Backend) -> LayerChain:  # type: ignore[override]
-        self._check_state(like)
-        stages: Stages = self.pullbacks.bind(like, backend)
-        maps = products(stages.chain.residual, len(stages.chain), stages.size, like, backend, stages.stride)
-        return LayerChain(stages, maps, self.state)
-
-
-@dataclass(frozen=True, eq=False)
 class Stages(Pullbacks):
     """The pullbacks of stages of ``size`` layers that start at layers 0, stride, 2 stride, ... of a chain.
 
@@ -149,8 +127,8 @@ class Stages(Pullbacks):
         return -(-len(self.chain) // self.stride)
 
     def __getitem__(self, index: slice) -> Stages:
-        start, stop, step = index.indices(len(self))
-        return Stages(self.chain[start * self.stride : stop * self.stride], self.size, step * self.stride)
+        layers, step = _layers_of(index, len(self), self.stride)
+        return Stages(self.chain[layers], self.size, step)
 
     def __call__(self, cotangents: Array, backend: Backend) -> Array:
         *_, g = self.sweep(cotangents, None, backend)
@@ -175,24 +153,43 @@ class Stages(Pullbacks):
             yield g
 
 
-def products(
-    maps: LinearOperator, length: int, size: int, like: Array, backend: Backend, stride: int | None = None
-) -> LinearOperator:
-    """The composed maps of the stages of ``size`` layers that start at layers 0, stride (None: size), 2 stride, ...
+@dataclass(frozen=True, eq=False)
+class Composed(LinearOperator):
+    """The composed maps of the stages of `Stages`, which are multiplied when they are bound."""
 
-    ``maps`` are those of ``length`` layers on states like ``like``, bound.
-    """
-    product: Any = partial(reduce, lambda first, second: second @ first)
-    stride = stride or size
-    count = -(-length // stride)
-    if count * stride - stride + size <= length:  # the last stage is complete
-        return product(maps[j : count * stride : stride] for j in range(size))  # type: ignore[no-any-return]
-    maps, last = one_each(maps, length, like, backend), (count - 1) * stride
-    complete = product(maps[j:last:stride] for j in range(size))
-    return concatenate(complete, product(maps[i : i + 1] for i in range(last, length)), backend)
+    maps: LinearOperator
+    count: int
+    """The number of layers."""
+    size: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        """Made by `coarsen` alone."""
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return self.maps.arrays
+
+    def check_length(self, length: int) -> None:
+        self.maps.check_length(self.count)
+
+    def __getitem__(self, index: slice) -> Composed:
+        layers, step = _layers_of(index, -(-self.count // self.stride), self.stride)
+        return Composed(self.maps[layers], len(range(self.count)[layers]), self.size, step)
+
+    def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
+        maps, size, stride = self.maps.bind(self.count, like, backend), self.size, self.stride
+        product: Any = partial(reduce, lambda first, second: second @ first)
+        stop = -(-self.count // stride) * stride
+        last = stop - stride
+        if last + size <= self.count:  # the last stage is complete
+            return product(maps[j:stop:stride] for j in range(size))  # type: ignore[no-any-return]
+        maps = one_each(maps, self.count, like, backend)
+        complete = product(maps[j:last:stride] for j in range(size))
+        return concatenate(complete, product(maps[i : i + 1] for i in range(last, self.count)), backend)
 
 
-def _check_slice(index: Any) -> None:
-    check_kind("an index", index, slice, "chain[i:j]: a chain is cut by slices")
-    if index.step is not None and check_count("a slice's step", index.step, -sys.maxsize) < 1:
-        raise ValueError(f"a chain is cut in its own order, by slices of a positive step, not of {index.step}")
+def _layers_of(index: slice, count: int, stride: int) -> tuple[slice, int]:
+    """The layers of a slice of ``count`` stages, and the new stride."""
+    start, stop, step = index.indices(count)
+    return slice(start * stride, stop * stride), step * stride

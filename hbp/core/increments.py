@@ -70,11 +70,6 @@ class Report:
         return tuple(map(_ratio, self.increments, self.sizes))
 
     @property
-    def last(self) -> float:
-        """The last increment as a fraction of the solution."""
-        return self.shares[-1]
-
-    @property
     def finite(self) -> bool:
         """Whether no increment holds NaN or infinity."""
         return all(map(math.isfinite, self.increments))
@@ -92,8 +87,8 @@ class Report:
             return "not finite: an increment holds NaN or infinity"
         if self.diverges:
             return f"diverges: the increments grow to {max(self.shares):.2g} times the solution; {ADVICE}"
-        state = "exact" if self.exact else "converging" if self.last < CONVERGING else "not yet converged"
-        return f"{state}: the last increment is {self.last:.2g} of the solution"
+        state = "exact" if self.exact else "converging" if self.shares[-1] < CONVERGING else "not yet converged"
+        return f"{state}: the last increment is {self.shares[-1]:.2g} of the solution"
 
 
 def _ratio(increment: float, size: float) -> float:

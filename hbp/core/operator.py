@@ -47,6 +47,8 @@ class LinearOperator:
 
     def scaled(self, factor: Any) -> LinearOperator:
         """Each map times a number, or times its own entry of an (L,) array."""
+        if type(self).__module__ != __name__:  # ours are linear in their first array
+            raise NotImplementedError(f"a {type(self).__name__} has no scaled(factor); define it")
         first, *others = self.arrays
         return type(self)(*(first * _lift(factor, first.ndim), *others))
 
@@ -111,10 +113,7 @@ class LinearOperator:
             shapes = " and ".join(str([tuple(array.shape) for array in one.arrays]) for one in (self, other))
             raise ValueError(f"cannot compose maps of shapes {shapes}; they must act on the same states") from error
         if product is None:
-            kinds = f"{type(self).__name__} with {type(other).__name__}"
-            raise TypeError(
-                f"cannot compose {kinds}: give all layers the same kind; a Pair goes with Pairs and numbers"
-            )
+            raise TypeError(f"cannot compose {type(self).__name__} with {type(other).__name__}: give one same kind")
         return product
 
 

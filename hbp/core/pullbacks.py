@@ -11,7 +11,10 @@ from hbp.core.registry import backend_of
 
 
 class Pullbacks:
-    """The pullbacks of L maps, applied all at once or one by one; subclasses give the first three."""
+    """The pullbacks of L maps, applied all at once or one by one; subclasses give the first three.
+
+    They leave their arguments unchanged and return arrays of their own; `PullbackList` sees to the first for callables.
+    """
 
     traceable = False
     """Whether `at` accepts an index known only at run time, as inside a compiled loop."""

@@ -35,7 +35,7 @@ class Solver:
     iterations: int | Schedule | None = None
     chunk: int = 1
     tolerance: float | None = None
-    watch: Callable[[Report], None] | None = field(default=None, repr=False, compare=False)
+    watch: Callable[[Report], Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.iterations is not None and not isinstance(self.iterations, Schedule):
@@ -60,8 +60,9 @@ class Solver:
         if solver is None:
             return given
         check_kind("solver", solver, Solver, "an hbp.Solver")
-        if given != cls() or given.watch is not None:
-            raise TypeError(f"solver={solver} is given beside {given}; give one or the other")
+        others = [name for name in keywords if getattr(given, name) != getattr(cls(), name)]
+        if others:
+            raise TypeError(f"solver={solver} is given beside {', '.join(others)}; give one or the other")
         return solver
 
     @property
@@ -72,6 +73,11 @@ class Solver:
     def at(self, step: int) -> Solver:
         """The solver of one training step: a schedule's number in its place."""
         return replace(self, iterations=self.iterations(step)) if isinstance(self.iterations, Schedule) else self
+
+    def watched(self, watch: Callable[[Report], Any]) -> Solver:
+        """This solver, of whose increments another is told too."""
+        all_told = [watch] if self.watch is None else [self.watch, watch]
+        return replace(self, watch=lambda report: [tell(report) for tell in all_told])
 
     def fixed(self) -> Solver:
         """This solver, after checking that it holds no schedule (TypeError)."""

@@ -56,7 +56,7 @@ class Row:
     @property
     def increment(self) -> float:
         """The last increment as a fraction of the solution, the largest of all passes; NaN where there were none."""
-        return max((report.last for report in self.reports.values()), default=math.nan)
+        return max((report.shares[-1] for report in self.reports.values()), default=math.nan)
 
     def __str__(self) -> str:
         k = "exact" if self.iterations is None else self.iterations

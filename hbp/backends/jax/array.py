@@ -63,7 +63,13 @@ class JaxBackend(ArrayBackend):
         if gauge is None:  # the first time apart: from then on states keep their types
             return lax.fori_loop(1, most, lambda _, state: step(state), step(state))
         first = jnp.stack(gauge.measure(state))
+        axes = self.measured(jax.tree.leaves(state)[0])
+        if gauge.settled((first[0], first[1])) is not False and (unknown := _uncounted() - axes):
+            raise ValueError(
+                f"a tolerance inside jax.shard_map needs its check_vma=True, to stop on all of {unknown} at once"
+            )
         sizes = jnp.concatenate([first[None], jnp.full((most, 2), jnp.nan, first.dtype) * first])
+        count = 0
 
         def unsettled(carry: tuple[Array, Any, Array]) -> Array:
             count, _, sizes = carry
@@ -74,17 +80,14 @@ class JaxBackend(ArrayBackend):
             state = step(state)
             return count + 1, state, sizes.at[count + 1].set(jnp.stack(gauge.measure(state)))
 
-        count, state, sizes = lax.while_loop(unsettled, body, (0, state, sizes))
-        self.tell(gauge, sizes, count)
+        if most:
+            count, state, sizes = lax.while_loop(unsettled, body, (0, state, sizes))
+        _tell_once(gauge, sizes, count, axes)
         return state
 
-    def tell(self, gauge: Gauge, sizes: Array, count: Array) -> None:
-        """Tell the gauge of the sizes of states 0 to ``count``, when the program runs."""
-
-        def arrived(sizes: Array, count: Array) -> None:
-            gauge.told([(float(increment), float(solution)) for increment, solution in sizes[: count + 1]])
-
-        jax.debug.callback(arrived, sizes, count)
+    def measured(self, x: Array) -> set[Any]:
+        """The mesh axes over all of which `norm` measures such states."""
+        return mesh_axes(x)
 
     def here(self, g: Array) -> Array:
         """What of the cotangents of a chain's states is this device's."""
@@ -93,9 +96,45 @@ class JaxBackend(ArrayBackend):
     def norm(self, x: Array) -> Any:
         if not isinstance(x, jax.core.Tracer):
             return super().norm(x)
-        wide = self.widened(x).reshape(-1)
+        wide, axes = self.widened(x).reshape(-1), tuple(self.measured(x))
         largest = jnp.max(jnp.abs(wide), initial=0)
-        return largest * jnp.linalg.norm(wide / jnp.where(largest == 0, 1, largest))
+        largest = lax.pmax(largest, axes) if axes else largest
+        squares = jnp.sum((wide / jnp.where(largest == 0, 1, largest)) ** 2)
+        return largest * jnp.sqrt(lax.psum(squares, axes) if axes else squares)
+
+
+def mesh_axes(x: Array) -> set[Any]:
+    """The mesh axes over which an array varies, as far as JAX keeps account of them."""
+    kind: Any = jax.typeof(x) if hasattr(jax, "typeof") else None
+    return set(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))
+
+
+def _uncounted() -> set[Any]:
+    """The mesh axes of a `jax.shard_map` here that keeps no account of what varies over them."""
+    found = set()
+    for name in jax.sharding.get_abstract_mesh().axis_names:
+        try:
+            counted = mesh_axes(lax.axis_index(name))
+        except NameError:  # a mesh without shard_map
+            continue
+        if not counted:
+            found.add(name)
+    return found
+
+
+def _tell_once(gauge: Gauge, sizes: Array, count: Any, axes: set[Any]) -> None:
+    """Tell the gauge of the sizes of states 0 to ``count``, when the program runs, on the first device of some axes."""
+
+    def arrived(sizes: Array, count: Array) -> None:
+        gauge.told([(float(increment), float(solution)) for increment, solution in sizes[: count + 1]])
+
+    def tell() -> None:
+        jax.debug.callback(arrived, sizes, count)
+
+    if axes:
+        lax.cond(sum(lax.axis_index(name) for name in axes) == 0, tell, lambda: None)
+    else:
+        tell()
 
 
 @jax.jit

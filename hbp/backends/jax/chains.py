@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hbp.backends.jax.array import JaxBackend
+from hbp.backends.jax.array import JaxBackend, mesh_axes
 from hbp.backends.jax.checks import check_draws, check_maps_vary
 from hbp.core.adjoint import highway
 from hbp.core.backend import Array, Backend, dtype_name
-from hbp.core.chain import LayerChain, products
+from hbp.core.chain import Composed, LayerChain
 from hbp.core.operator import LinearOperator
 from hbp.core.pullbacks import Pullbacks
 from hbp.core.solver import Solver
@@ -85,7 +85,7 @@ def highway_states(
         size = min(solver.chunk, length)
         residual = maps(*joined(real, fixed), before, y)
         check_maps_vary(set().union(*map(mesh_axes, residual.arrays)), mesh_axes(y))
-        residual = products(residual.bind(length, start, BACKEND), length, size, start, BACKEND)
+        residual = Composed(residual, length, size, size).bind(-(-length // size), start, BACKEND)
 
         def stages(real: list[Array], starts: Array) -> Array:
             shared, rows = joined(real, fixed)
@@ -206,9 +206,3 @@ def varying(x: Array, *like: Tree) -> Array:
     if not axes:
         return x
     return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
-
-
-def mesh_axes(x: Array) -> set[Any]:
-    """The mesh axes over which an array varies, as far as JAX keeps account of them."""
-    kind: Any = jax.typeof(x) if hasattr(jax, "typeof") else None
-    return set(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))

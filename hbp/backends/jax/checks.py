@@ -24,6 +24,8 @@ def static_solver(solver: Solver | None, iterations: Any, chunk: Any, tolerance:
     for name, value in {"iterations": iterations, "chunk": chunk, "tolerance": tolerance}.items():
         if isinstance(value, jax.core.Tracer):
             raise TypeError(f"{name} is traced; give a Python number, as a static argument of jit, one per compilation")
+    if iterations is not ... and solver is not None:
+        raise TypeError(f"solver={solver} is given beside iterations={iterations}; give one or the other")
     if iterations is ... and solver is None:
         raise TypeError("give iterations=k, or None for exact backprop, or solver=")
     chosen = None if iterations is ... else iterations

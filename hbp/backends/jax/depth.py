@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hbp.backends.jax.array import JaxBackend
-from hbp.backends.jax.chains import Layer, Tree, in_turn, mesh_axes, varying
-from hbp.core.backend import Array, Gauge
-from hbp.core.chain import products
+from hbp.backends.jax.array import JaxBackend, mesh_axes
+from hbp.backends.jax.chains import Layer, Tree, in_turn, varying
+from hbp.core.backend import Array
+from hbp.core.chain import Composed
 from hbp.core.operator import LinearOperator
 
 
@@ -95,17 +95,13 @@ class DepthParallel(JaxBackend):
     def total(self, length: int) -> int:
         return self.devices * length
 
+    def measured(self, x: Array) -> set[Any]:
+        return super().measured(x) | set(self.axis if isinstance(self.axis, tuple) else (self.axis,))
+
     def norm(self, x: Array) -> Array:
         """The norm over all devices' states; a device's last state is the next one's first."""
         last = lax.axis_index(self.axis) == self.devices - 1
-        own = super().norm(jnp.concatenate([x[:-1], jnp.where(last, x[-1:], 0)]))
-        largest = lax.pmax(own, self.axis)
-        return largest * jnp.sqrt(lax.psum((own / jnp.where(largest == 0, 1, largest)) ** 2, self.axis))
-
-    def tell(self, gauge: Gauge, sizes: Array, count: Array) -> None:
-        """The first device tells; all know the same."""
-        tell = partial(super().tell, gauge, sizes, count)
-        lax.cond(lax.axis_index(self.axis) == 0, tell, lambda: None)
+        return super().norm(jnp.concatenate([x[:-1], jnp.where(last, x[-1:], 0)]))
 
     def here(self, g: Array) -> Array:
         """Cotangents of this device's states; the first state's is the first device's alone."""
@@ -119,7 +115,8 @@ class DepthParallel(JaxBackend):
         own = super().propagate(operator, c)
         if len(c) == 1:
             return own
-        product = products(operator.T, len(c) - 1, len(c) - 1, c[0], self).T
+        length = len(c) - 1
+        product = Composed(operator.T, length, length, length).bind(1, c[0], self).T
         starts, maps = jax.tree.map(lambda leaf: lax.all_gather(leaf, self.axis), (own[0], product))
         here, entering = lax.axis_index(self.axis), jnp.zeros_like(own[0])
         for device in range(self.devices - 1, 0, -1):

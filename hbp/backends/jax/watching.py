@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 
 from hbp.core.increments import Report
 from hbp.core.solver import Solver
@@ -26,4 +25,4 @@ def watching(watch: Callable[[Report], None]) -> Iterator[None]:
 def watched(solver: Solver) -> Solver:
     """The solver of a transform that is traced now."""
     watch = _WATCHERS.get()
-    return solver if watch is None else replace(solver, watch=watch)
+    return solver if watch is None else solver.watched(watch)

@@ -107,6 +107,11 @@ def autocast_of(x: Tensor) -> tuple[Callable[[], AbstractContextManager[Any]], t
     return partial(torch.autocast, kind, dtype, enabled), dtype if enabled else x.dtype
 
 
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """A context in which nothing on a device of this kind is cast."""
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def write_counter(x: Tensor) -> Tensor:
     """An empty tensor whose ``_version`` grows with every write into x or a view of it; x's memory is not kept."""
     counter = x.detach()
@@ -172,8 +177,12 @@ def numberless(x: Tensor) -> bool:
 
 
 def alike(found: Tensor, expected: Tensor, precision: torch.dtype) -> bool:
-    """Whether two ways to the same numbers agree to half the digits; tensors without numbers count as alike."""
+    """Whether two ways to the same numbers agree to half the digits of the largest of them.
+
+    Tensors without numbers count as alike.
+    """
     if numberless(found):
         return True
     tolerance = torch.finfo(precision).eps ** 0.5
-    return bool(torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True))
+    size = float(expected.nan_to_num(0, 0, 0).abs().max()) if expected.numel() else 0.0
+    return bool(torch.allclose(found, expected, rtol=tolerance, atol=tolerance * size, equal_nan=True))

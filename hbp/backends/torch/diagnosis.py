@@ -82,7 +82,9 @@ def diagnose(
 
     def gradient(solver: Solver) -> tuple[dict[str, list[Tensor]], dict[str, Report]]:
         found = dict(zip(parameters, run(solver, watched=True)[1], strict=True))
-        reports = {name: max(p.reports, key=lambda report: report.last) for name, p in layers.items() if p.reports}
+        reports = {
+            name: max(p.reports, key=lambda report: report.shares[-1]) for name, p in layers.items() if p.reports
+        }
         return {group: [found[name] for name in names] for group, names in groups.items()}, reports
 
     def seconds(solver: Solver) -> float:

@@ -54,7 +54,7 @@ class Scheduled:
     def current(self) -> Solver:
         """The solver of this training step."""
         solver = self.solver.at(self.training_step)
-        return solver if self.reports is None else replace(solver, watch=self.reports.append)
+        return solver if self.reports is None else solver.watched(self.reports.append)
 
     def __prepare_scriptable__(self) -> None:  # what torch.jit.script asks a module for first
         raise RuntimeError(

@@ -21,6 +21,7 @@ from hbp.backends.torch.autograd import (
     refuse_transforms,
     write_counter,
 )
+from hbp.backends.torch.hooks import no_backward_hooks
 from hbp.core.adjoint import highway
 from hbp.core.backend import Backend
 from hbp.core.chain import LinearizedChain
@@ -50,7 +51,7 @@ def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, c
         iterations: Highway-BP's k; None is exact, by torch's own graph through the steps. A cell whose gate and update
             do not read h is exact at k = 0.
         chunk: steps per chunk.
-        tolerance: stop when the last increment is below this fraction of the gradient; ``iterations`` is the cap.
+        tolerance: stop when the last increment is at most this fraction of the gradient; ``iterations`` is the cap.
         solver: these three in one `hbp.Solver`, instead.
 
     Returns:
@@ -126,7 +127,10 @@ def _needs_gradients(cell: Cell, h0: Tensor, xs: Tensor, parameters: list[torch.
         ValueError: something that is no argument and no parameter of the cell does; its gradient would be lost.
     """
     h, x = h0.detach().requires_grad_(), xs[0].detach().requires_grad_(xs.requires_grad)
-    foreign = foreign_leaf(_checked(cell(h, x), h), h, set(map(id, (x, *parameters))))
+    module = cell if isinstance(cell, torch.nn.Module) else torch.nn.Module()
+    with no_backward_hooks("the cell", module, module):
+        pair = _checked(cell(h, x), h)
+    foreign = foreign_leaf(pair, h, set(map(id, (x, *parameters))))
     if foreign is not None:
         raise ValueError(
             f"the cell reads a tensor of shape {tuple(foreign.shape)} that needs gradients and is no parameter of it; "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from hbp.backends.torch.autograd import autocast_of, refuse_second_derivatives, write_counter
+from hbp.backends.torch.autograd import autocast_of, refuse_second_derivatives, without_autocast, write_counter
 from hbp.backends.torch.recurrent.adjoint import BACKEND
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 from hbp.core.operator import LinearOperator
@@ -88,7 +88,7 @@ class RecurrentLayer(torch.autograd.Function):
         dx, dstates, dweights = None, [], []
         for d in range(directions):
             own, initial = weights[d * count : (d + 1) * count], [state[d] for state in states]
-            with torch.autocast(dy.device.type, enabled=False):  # the dtype was chosen above
+            with without_autocast(dy.device.type):  # the dtype was chosen above
                 seen = _seen(d, sequences, dfinals, lengths)
                 found, back, first = _pull(ctx.options, own, initial, *seen, ctx.needs_input_grad[2])
             if back is not None:

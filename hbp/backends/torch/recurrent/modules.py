@@ -187,12 +187,13 @@ class GRU(_Recurrent, torch.nn.GRU):
         *args, **kwargs: those of `torch.nn.GRU`.
         iterations: Highway-BP's k, a `Schedule` of it (advanced by `hbp.backends.torch.step`), or None for exact.
         chunk: steps per chunk.
-        tolerance: stop when the last increment is below this fraction of the gradient; ``iterations`` is the cap.
+        tolerance: stop when the last increment is at most this fraction of the gradient; ``iterations`` is the cap.
         solver: these three in one `hbp.Solver`, instead; all are attributes afterwards.
         residual: another residual path than the update gate's, as ``hbp.Zero()`` for the fixed point.
         exact: pins what None means: "adjoint" (this library's, without a graph) or "library" (torch's own).
 
-    Outputs may be written into, as torch's own. Second derivatives and batched cotangents need ``iterations=None,
+    Outputs may be written into, as torch's own, but for writes that torch does not count, through ``.data`` or NumPy:
+    those must wait for the backward. Second derivatives and batched cotangents need ``iterations=None,
     exact="library"``. Under `torch.func`, forward mode, tracers and `torch.export`, ``iterations=None`` is torch's own
     path, and Highway-BP is refused where gradients are on; `torch.compile` breaks its graph here once.
 

@@ -15,8 +15,8 @@ from torch._C import _functorch as functorch
 from torch._functorch.vmap import lazy_load_decompositions
 
 from hbp.backends.torch.autograd import SWAPPING
+from hbp.backends.torch.hooks import hooked
 from hbp.backends.torch.stack.graphs import Call, pull_back
-from hbp.backends.torch.stack.hooks import hooked
 from hbp.core.backend import Backend
 from hbp.core.pullbacks import Pullbacks
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hbp.backends.torch.stack.hooks import sharded
+from hbp.backends.torch.hooks import sharded
 
 LISTS = (nn.ModuleList, nn.Sequential)
 Row = tuple[str, list[nn.Module]]

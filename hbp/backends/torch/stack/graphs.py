@@ -48,17 +48,19 @@ class Call:
     start: Tensor
     ends: tuple[GradientEdge, ...]
     """Edges, not tensors: whoever got the results may write into them, as far as the graph itself allows."""
+    state: Tensor
+    """The next state's values."""
     version: int
-    """Of parameters and start together, to notice writes between forward and backward."""
+    """Of parameters, start and next state together, to notice writes between forward and backward."""
 
     def written(self) -> bool:
-        """Whether a parameter or the start was written since."""
-        return version(self.parameters, self.start) != self.version
+        """Whether a parameter, the start or the next state was written since."""
+        return version(self.parameters, self.start, self.state) != self.version
 
 
-def version(parameters: dict[str, Tensor], start: Tensor) -> int:
+def version(parameters: dict[str, Tensor], *states: Tensor) -> int:
     """A number that grows with every write into one of these tensors."""
-    count: int = sum((p._version for p in parameters.values()), start._version)
+    count: int = sum(tensor._version for tensor in (*parameters.values(), *states))
     return count
 
 

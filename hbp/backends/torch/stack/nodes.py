@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hbp.backends.torch.autograd import refuse_second_derivatives
-from hbp.backends.torch.stack.hooks import watched
+from hbp.backends.torch.hooks import watched
 
 
 class Entry(torch.autograd.Function):

@@ -67,6 +67,8 @@ class Stack(Scheduled):
         if self.current().exact:
             return False
         refuse_transforms()
+        if any(getattr(module, "_is_replica", False) for module in (self, *self.members())):
+            raise RuntimeError("replicas of DataParallel have no parameters of their own; use DistributedDataParallel")
         if not torch.is_grad_enabled():
             return False
         return any(t.requires_grad for t in tensors(given)) or bool(self.trainable())

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from hbp.backends.torch.autograd import SWAPPING, Swap, foreign_leaf, nodes, opaque, tensors
+from hbp.backends.torch.hooks import cause, leaf_of, no_backward_hooks, watched
 from hbp.backends.torch.stack.graphs import Call, Modes, edge, pull_back, summed, version
-from hbp.backends.torch.stack.hooks import cause, leaf_of, no_backward_hooks, watched
 from hbp.backends.torch.stack.nodes import Entry, Link
 from hbp.backends.torch.stack.options import Stack
 from hbp.core.adjoint import highway
@@ -142,8 +142,10 @@ class Run:
         results = (_depending(y, start), *(outputs[i] for i in places[1:]))
         self._check_leaves(name, results, start)
         declared = layer.residual_map(start.detach(), y.detach()) if hasattr(layer, "residual_map") else IDENTITY
-        ends, count = tuple(map(edge, results)), version(own, start)
-        call = Call(layer, target, own, arguments, declared, Modes.now(x), start, ends, count)
+        ends, state = tuple(map(edge, results)), y.detach()
+        call = Call(
+            layer, target, own, arguments, declared, Modes.now(x), start, ends, state, version(own, start, state)
+        )
         for i, tensor in zip(places, self._tied(call, results, carrier), strict=True):
             handed[i] = tensor
         if not isinstance(output, tuple):
@@ -156,8 +158,8 @@ class Run:
             raise RuntimeError(
                 f"{name} reads a tensor of shape {tuple(foreign.shape)} that needs gradients and is neither its "
                 "parameter nor a tensor, tuple, list or dict given to it (a cache, a closure, an attribute, weights "
-                "computed by a hook); its gradient would be lost: register it or pass it, use use_cache=False, or set "
-                "iterations=None"
+                "computed by a hook, a leaf made inside); its gradient would be lost: register it or pass it, use "
+                "use_cache=False, or set iterations=None"
             )
 
     def _tied(self, call: Call, results: tuple[Tensor, ...], carrier: Tensor) -> tuple[Tensor, ...]:

@@ -22,7 +22,8 @@ class Sequential(Stack, nn.Sequential):
     Each layer runs once in the forward; its own graph stays, and the backward pulls back through all of them at once
     and scans along their residual maps. Randomness and buffers are those of that one run. A tensor that needs gradients
     and is neither a layer's parameter nor given to it is refused, as are second derivatives and backward hooks inside
-    a layer, which would run once per round; `torch.compile` breaks its graph at each layer.
+    a layer, which would run once per round; hooks on a state's ``grad_fn`` are not seen. `torch.compile` breaks its
+    graph at each layer.
 
     Args:
         *layers: whole layers, skip included; those of `Residual` and `PostNorm` know their residual map, any other
@@ -32,8 +33,9 @@ class Sequential(Stack, nn.Sequential):
         residual: an operator that replaces the layers' own maps.
         damping: gamma, or one per layer; all maps are multiplied by 1 - gamma (equation 17 of the paper).
         stacked: whether equal layers are pulled back all at once, over stacked parameters, which runs them once more;
-            None takes that where it was measured faster, for small layers, and ``path`` tells what was done.
-        tolerance: stop when the last increment is below this fraction of the gradient; ``iterations`` is the cap.
+            None takes that where it was measured faster, for small layers, and ``path`` tells what was done; for layers
+            that log or count in their forward give False.
+        tolerance: stop when the last increment is at most this fraction of the gradient; ``iterations`` is the cap.
         solver: iterations, chunk and tolerance in one `hbp.Solver`, instead; all are attributes afterwards.
 
     Further arguments of a call go to every layer; tensors among them may need gradients. A layer may return a tuple,

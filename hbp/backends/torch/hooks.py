@@ -47,7 +47,8 @@ def no_backward_hooks(name: str, target: nn.Module, layer: nn.Module) -> Iterato
         places.append("all modules")
     raise RuntimeError(
         f"{name} sets backward hooks inside, on {', '.join(places) or 'a tensor or a node of the graph'}; they would "
-        "run once per round of Highway-BP, on parts of the gradient: remove them, or set iterations=None"
+        "run once per round of Highway-BP, on parts of the gradient: remove them, or set iterations=None (hooks that "
+        "another thread sets meanwhile, and forward hooks that a layer sets on itself, look the same from here)"
     )
 
 
