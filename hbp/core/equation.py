@@ -67,8 +67,7 @@ class Equation:
 
     def iterates(self, filled: bool = True) -> Iterator[Iterate]:
         """The iterates that the solver would go through; else than ``filled`` only their sizes."""
-        g = self._scanned(self.c)
-        state = g, g
+        state = (self._scanned(self.c),) * 2
         for k in range(self.most + 1):
             state = self.advance(state) if k else state
             sizes = self.measure(state)

@@ -52,10 +52,13 @@ class PullbackList(Pullbacks):
         return PullbackList(self.pullbacks[index], self.numbers[index])
 
     def __call__(self, cotangents: Array, backend: Backend) -> Array:
-        own = backend.concat([cotangents])  # a pullback may write into what it is given
-        pulled = backend.map(self.pullbacks, [own[i] for i in range(len(self))])
-        rows = zip(self.numbers, pulled, cotangents, strict=True)
-        return backend.stack([check_same(f"what the pullback of block {i} returned", *row) for i, *row in rows])
+        rows = [*backend.concat([cotangents])]  # a pullback may write into what it is given
+        new = zip(self.numbers, backend.map(self.pullbacks, rows), rows, strict=True)
+        return backend.stack([check_same(f"what the pullback of block {i} returned", g, row) for i, g, row in new])
+
+    def at(self, i: Any, cotangent: Array, backend: Backend) -> Array:
+        pulled = self.pullbacks[i](backend.concat([cotangent[None]])[0])
+        return check_same(f"what the pullback of block {self.numbers[i]} returned", pulled, cotangent)
 
 
 def check_same(what: str, new: Array, old: Array) -> Array:
