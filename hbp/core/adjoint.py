@@ -107,7 +107,7 @@ def iterates(
 ) -> Iterator[Iterate]:
     """Iterates k = 0, 1, ... of `highway` one after another, each with its increment's size.
 
-    They go up to the exact one, or to where ``solver`` stops.
+    They go up to the exact one, or to where ``solver`` stops; its ``watch`` is not called.
 
     >>> import numpy as np
     >>> chain = LinearizedChain([lambda g: 0.5 * g] * 2)
@@ -128,6 +128,8 @@ def report(
     backend: Backend | str | None = None,
 ) -> Report:
     """The increments of up to ``iterations`` iterations (None: all), with a verdict on the split.
+
+    With a ``solver``, of those that it would go through; its ``watch`` is not called.
 
     >>> import numpy as np
     >>> damped = LinearizedChain([lambda g: -0.9 * g] * 9)  # blocks that cancel most of the stream

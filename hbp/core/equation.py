@@ -53,15 +53,15 @@ class Equation:
     @property
     def most(self) -> int:
         """The number of rounds at most, beyond which nothing is left."""
-        total = self.backend.total(len(self.coarse))
-        return total if self.solver.iterations is None else min(self.solver.iterations, total)  # type: ignore[type-var,return-value]
+        total, k = self.backend.total(len(self.coarse)), self.solver.iterations
+        return total if k is None else min(k, total)  # type: ignore[type-var,return-value]
 
     def solved(self) -> Array:
         """All of g, shape (L+1, ...)."""
         if self.solver.exact:
             return self._exact()
         g = self._scanned(self.c)
-        if self.solver.tolerance is None and self.solver.watch is None:
+        if self.solver == Solver(self.solver.iterations, self.solver.chunk):  # nothing that looks at increments
             return self._filled(self.backend.repeat(lambda g: self._round(g, self.c), g, self.most))
         return self._filled(self.backend.repeat(self.advance, (g, g), self.most, self)[1])
 

@@ -25,6 +25,9 @@ class Iterate:
         cotangents: g, shape (L+1, ...).
         increment: the norm of the last increment ``d[k]`` (with chunks, at the stage boundaries).
         size: the norm of the solution so far, likewise.
+
+    >>> Iterate(1, None, increment=1.0, size=4.0).relative
+    0.25
     """
 
     iteration: int
@@ -46,6 +49,9 @@ class Report:
         increments: the norm of each increment ``d[0], d[1], ...``.
         sizes: the norm of the solution after each.
         exact: whether the last iterate counts every path.
+
+    >>> Report((4.0, 1.0), (4.0, 5.0), exact=False).verdict
+    'converging: the last increment is 0.2 of the solution'
     """
 
     increments: tuple[float, ...]

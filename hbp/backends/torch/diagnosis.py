@@ -111,6 +111,12 @@ def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: 
 
     Raises:
         ValueError: no stack, or several; nothing that needs gradients.
+
+    >>> import hbp.backends.torch as hb
+    >>> halving = nn.Linear(4, 4, bias=False)
+    >>> halving.weight = nn.Parameter(0.5 * torch.eye(4))  # the whole layer: J = I / 2
+    >>> estimate_damping(hb.Sequential(halving, halving), torch.ones(3, 4))
+    [0.5, 0.5]
     """
     check_count("samples", samples, 1)
     found = [layers for layers in scheduled(stack).values() if isinstance(layers, Stack)]

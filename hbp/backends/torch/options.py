@@ -92,6 +92,12 @@ def set_iterations(module: nn.Module, iterations: int | Schedule | None) -> None
 
     Raises:
         TypeError, ValueError: there is none, or it is no number of iterations; nothing is set then.
+
+    >>> import hbp.backends.torch as hb
+    >>> model = nn.Sequential(hb.GRU(2, 2, chunk=4), nn.Linear(2, 2))
+    >>> set_iterations(model, 3)
+    >>> model[0].solver
+    Solver(iterations=3, chunk=4, tolerance=None)
     """
     found = scheduled(module).values()
     for layers, solver in [(layers, replace(layers.solver, iterations=iterations)) for layers in found]:
@@ -103,6 +109,12 @@ def step(module: nn.Module) -> None:
 
     Raises:
         TypeError, ValueError: it is no module, or has no such layers.
+
+    >>> import hbp, hbp.backends.torch as hb
+    >>> layer = hb.GRU(2, 2, iterations=hbp.Schedule({0: 1, 1: None}))
+    >>> step(layer)
+    >>> layer.current().exact
+    True
     """
     for layers in scheduled(module).values():
         layers.training_step += 1

@@ -204,4 +204,9 @@ class GRU(_Recurrent, torch.nn.GRU):
 
 
 class LSTM(_Recurrent, torch.nn.LSTM):
-    """`torch.nn.LSTM` with another backward pass; arguments as for `GRU`. ``proj_size`` is refused."""
+    """`torch.nn.LSTM` with another backward pass; arguments as for `GRU`. ``proj_size`` is refused.
+
+    >>> y, (h, c) = LSTM(3, 8, iterations=3)(torch.randn(20, 2, 3))
+    >>> y.shape
+    torch.Size([20, 2, 8])
+    """

@@ -88,6 +88,10 @@ def revert(model: Model) -> Model:
 
     Raises:
         ValueError: nothing in the model is converted.
+
+    >>> model = convert(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), iterations=2)
+    >>> "forward" in vars(model[0]), "forward" in vars(revert(model)[0])
+    (True, False)
     """
     found = [part for part in model.modules() if _is_converted(part)]
     if not found:

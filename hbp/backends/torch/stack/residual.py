@@ -52,6 +52,9 @@ class PostNorm(nn.Module):
     Args:
         block: any module that keeps its input's shape; further arguments of a call go to it.
         norm: a `torch.nn.LayerNorm` over the last axis.
+
+    >>> PostNorm(nn.Linear(4, 4), nn.LayerNorm(4))(torch.randn(2, 4)).shape
+    torch.Size([2, 4])
     """
 
     def __init__(self, block: nn.Module, norm: nn.LayerNorm) -> None:
