@@ -90,11 +90,10 @@ class LinearizedChain(Pullbacks):
         through them.
         """
         size = min(check_count("chunk", size, 1), max(len(self), 1))
-        return (
-            self
-            if size == 1
-            else LayerChain(Stages(self, size, size), Composed(self.residual, len(self), size, size), self.state)
-        )
+        if size == 1:
+            return self
+        maps = Composed(self.residual, len(self), size, size)
+        return LayerChain(Stages(self, size, size), maps, self.state)
 
 
 @dataclass(frozen=True, eq=False)
