@@ -66,14 +66,20 @@ class Collector(cst.CSTVisitor):
     def on_visit(self, node: cst.CSTNode) -> bool:
         if isinstance(node, cst.Annotation | cst.Decorator | cst.Import | cst.ImportFrom) or is_for_types(node):
             return False
-        self.raising += isinstance(node, cst.Raise)
+        self.raising += words_an_error(node)
         for kind, operator in (*mutation_operators, *OWN):
             if isinstance(node, kind) and not (self.raising and operator is operator_string):
                 self.found += [(node, mutated) for mutated in operator(node)]
         return True
 
     def on_leave(self, node: cst.CSTNode) -> None:
-        self.raising -= isinstance(node, cst.Raise)
+        self.raising -= words_an_error(node)
+
+
+def words_an_error(node: cst.CSTNode) -> bool:
+    """What raises, or a check that is told the words of its error."""
+    checks = isinstance(node, cst.Call) and isinstance(node.func, cst.Name)
+    return isinstance(node, cst.Raise) or (checks and node.func.value.startswith(("check_", "_entered", "_run")))
 
 
 def is_for_types(node: cst.CSTNode) -> bool:
