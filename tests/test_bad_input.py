@@ -453,3 +453,9 @@ def test_operators_that_are_none():
 def test_reports_on_nothing():
     refused([lambda: hbp.Report((), (), True)], ValueError, "0 increments and 0 sizes; give one of each")
     refused([lambda: hbp.Report((1.0, 2.0), (1.0,), True)], ValueError, "2 increments and 1 sizes")
+
+
+def test_a_report_says_what_is_not_finite():
+    for increment in (float("nan"), float("inf")):
+        report = hbp.Report((1.0, increment), (1.0, 1.0), False)
+        assert report.verdict == "not finite: an increment holds NaN or infinity"

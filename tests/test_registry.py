@@ -368,3 +368,10 @@ def test_an_explicit_backend_coarsens_and_solves_whatever_is_pinned(length, pin,
         assert len(hbp.report(chain, x, chunk=3, backend="numpy").sizes) == len(coarse) + 1
         stages = [it.iteration for it in hbp.iterates(chain, x, chunk=3, backend="numpy")]
         assert stages == list(range(len(coarse) + 1))
+
+
+@pytest.mark.parametrize(("name", "extra"), [("cupy", "cupy-cuda12"), ("torch", "torch"), ("jax", "jax")])
+def test_a_missing_library_names_its_extra(name, extra, monkeypatch):
+    monkeypatch.setattr(registry, "_is_installed", lambda library: library == "numpy")
+    with pytest.raises(ImportError, match=rf"installed here: numpy\).*pip install 'hbp\[{extra}\]'"):
+        load(name)
