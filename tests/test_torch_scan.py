@@ -246,3 +246,14 @@ def test_backward_hooks_in_a_cell_are_refused():
     with pytest.raises(RuntimeError, match="the cell sets backward hooks inside, on linear"):
         hb.scan(cell, torch.zeros(2, 3), xs, iterations=2)
     hb.scan(cell, torch.zeros(2, 3, requires_grad=True), xs)[0].sum().backward()
+
+
+def test_a_residual_path_alone_may_need_gradients():
+    values = torch.rand(5, 3, dtype=torch.float64, requires_grad=True)
+    c = torch.rand(6, 3, dtype=torch.float64)
+    rows = [c[-1]]
+    for value, row in zip(values.flip(0), c[:-1].flip(0), strict=True):
+        rows.append(value * rows[-1] + row)
+    (expected,) = torch.autograd.grad(torch.stack(rows).cos().sum(), values)
+    (found,) = torch.autograd.grad(hb.propagate(hb.Diagonal(values), c).cos().sum(), values)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
