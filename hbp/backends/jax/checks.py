@@ -23,7 +23,8 @@ def static_solver(solver: Solver | None, iterations: Any, chunk: Any, tolerance:
     """
     for name, value in {"iterations": iterations, "chunk": chunk, "tolerance": tolerance}.items():
         if isinstance(value, jax.core.Tracer):
-            raise TypeError(f"{name} is traced; give a Python number, as a static argument of jit, one per compilation")
+            kind = "float" if name == "tolerance" else "int"
+            raise TypeError(f"{name} is traced; give a Python {kind}, as a static argument of jit, one per compilation")
     if iterations is not ... and solver is not None:
         raise TypeError(f"solver={solver} is given beside iterations={iterations}; give one or the other")
     if iterations is ... and solver is None:
