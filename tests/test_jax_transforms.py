@@ -122,39 +122,6 @@ def test_iterates_of_a_stack_are_path_sums(name, chunk):
         assert abs(one - other).max() > 1e-4 * abs(other).max()
 
 
-PATHS = {
-    "identity": (hbp.Identity(), lambda x: np.eye(3)),
-    "scalar": (hbp.Scalar(0.8), lambda x: 0.8 * np.eye(3)),
-    "diagonal": (lambda own, x: hbp.Diagonal(1 - 0.5 * x * x), lambda x: np.diag(1 - 0.5 * x * x)),
-}
-
-
-@pytest.mark.parametrize("chunk", [1, 2])
-@pytest.mark.parametrize("name", PATHS)
-def test_gradients_of_all_parameters_are_sums_over_paths(name, chunk):
-    residual, map_at = PATHS[name]
-    w, b, x = arrays(12, (5, 3, 3), (5, 3), (3,))
-    states, R, J = [np.asarray(x)], [], []
-    for own, bias in zip(np.asarray(w), np.asarray(b), strict=True):
-        y = np.tanh(states[-1] @ own + bias)
-        R.append(map_at(states[-1]))
-        J.append(np.eye(3) + (1 - y * y)[:, None] * own.T)
-        states.append(states[-1] + y)
-    c = np.zeros((6, 3))
-    c[-1] = np.cos(states[-1])
-    for k in range(5):
-        g = chunked_path_sum(np.stack(R), np.stack(J) - np.stack(R), c, k, chunk)
-        dw, db = (np.zeros(leaf.shape) for leaf in (w, b))
-        for i in range(5):
-            own = jax.vjp(lambda own, i=i: layer(own, states[i]), {"w": w[i], "b": b[i]})[1](jnp.asarray(g[i + 1]))[0]
-            dw[i], db[i] = own["w"], own["b"]
-        run = partial(hb.sequential, layer, iterations=k, chunk=chunk, residual=residual)
-        close(
-            jax.jit(partial(gradient, run))({"w": w, "b": b}, x),
-            ({"w": jnp.asarray(dw), "b": jnp.asarray(db)}, jnp.asarray(g[0])),
-        )
-
-
 def test_states_may_be_trees_and_layers_may_close_over_what_needs_gradients():
     params, x = stack()
     (scale,) = arrays(1, (D,))
