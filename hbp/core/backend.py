@@ -108,8 +108,8 @@ def check_count(name: str, value: Any, minimum: int) -> int:
     """
     count = None
     with suppress(TypeError):
-        count = index(value)
-    if count is None or type(value).__name__ in ("bool", "bool_"):  # NumPy's too
+        count = None if type(value).__name__ in ("bool", "bool_") else index(value)  # NumPy's too
+    if count is None:
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an integer of at least {minimum}")
     if count < minimum:
         raise ValueError(f"{name}={count} is too small; give an integer of at least {minimum}")
