@@ -60,7 +60,7 @@ class Host:
     ascontiguousarray = staticmethod(np.ascontiguousarray)
 
     def __init__(self, library: ctypes.CDLL, processors: int) -> None:
-        device = SimpleNamespace(id=0, attributes={"MultiProcessorCount": processors})
+        device = SimpleNamespace(id=0, compute_capability="90", attributes={"MultiProcessorCount": processors})
         self.cuda = SimpleNamespace(Device=lambda: device)
         self.library = library
         self.launches: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,15 +34,14 @@ def quick(f: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The scan in the interpreter, compiled; with short tiles, of which a test's lengths have several."""
-    monkeypatch.setattr(kernels, "ROWS", 2)
+    monkeypatch.setattr(kernels, "GUESSED", replace(kernels.GUESSED, rows=2))
     return quick(interpret)
 
 
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of splits in time, and a length that leaves the last chunk shorter."""
-    monkeypatch.setattr(kernels, "SHORTEST", 7)
-    monkeypatch.setattr(kernels, "LANES", 32)
+    monkeypatch.setattr(kernels, "GUESSED", replace(kernels.GUESSED, shortest=7, lanes=32))
 
 
 def loop(a: Any, c: Any) -> np.ndarray:
@@ -111,13 +111,13 @@ def test_numbers_and_single_channels(n, interpreted, rng):
 
 
 def test_more_channels_than_lanes_and_none(interpreted, rng):
-    a, c = problem(rng, 4, (2 * kernels.LANES + 1,), "float32")
+    a, c = problem(rng, 4, (2 * kernels.GUESSED.lanes + 1,), "float32")
     close(interpreted(Diagonal(a), c), a, c)
     assert interpreted(Diagonal(a[:, :0]), c[:, :0]).shape == (5, 0)
 
 
 def test_default_tiles(rng):
-    a, c = problem(rng, 2 * kernels.ROWS + 1, (3,), "float32")
+    a, c = problem(rng, 2 * kernels.GUESSED.rows + 1, (3,), "float32")
     close(quick(interpret)(Diagonal(a), c), a, c)
 
 

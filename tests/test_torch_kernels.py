@@ -66,7 +66,7 @@ def time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """Time in one piece, and in chunks of few and short tiles."""
     monkeypatch.setattr(scan, "processors", lambda device: 3 if request.param == "cut" else 0)
     if request.param == "cut":
-        monkeypatch.setattr(scan, "TILE", 16)
+        monkeypatch.setattr(scan, "GUESSED", scan.Blocks(tile=16))
         monkeypatch.setattr(scan, "SHORTEST", 2)
 
 
@@ -139,7 +139,7 @@ def test_scan(length: int, kind: str, dtype: str, device: str, rng: np.random.Ge
 def test_scan_cut_in_time(
     length: int, dtype: str, device: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan, "TILE", 64)
+    monkeypatch.setattr(scan, "GUESSED", scan.Blocks(tile=64))
     monkeypatch.setattr(scan, "processors", lambda device: 2)
     assert scan.Cut.of(length + 1, 3, 4, 2).chunks == {1: 1, 47: 3, 48: 4, 200: 4}[length]
     array = to(device, dtype)
@@ -200,7 +200,7 @@ def test_every_row_and_channel_is_dealt_once(processors: int) -> None:
             chunk = cut.tiles * cut.height
             assert (cut.chunks - 1) * chunk < rows <= cut.chunks * chunk
             assert cut.chunks == 1 or processors
-            assert cut.height * cut.width <= max(scan.TILE, 16 * cut.width)
+            assert cut.height * cut.width <= max(scan.GUESSED.tile, 16 * cut.width)
 
 
 def gru_chain(rng: np.random.Generator, T: int, B: int, H: int, array: Callable[[Any], Any]) -> Any:
@@ -345,7 +345,7 @@ def compiled(kernel, dtype, architecture, **flags):
     acc, cut = scan.wide(getattr(torch, dtype)), scan.Cut.of(4097, 2048, 4, 132)
     short = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
     constants = {**cut.constants(acc), **flags}
-    options = {"enable_fp_fusion": constants.pop("enable_fp_fusion")}
+    options = {name: constants.pop(name) for name in ("enable_fp_fusion", "num_warps")}
     signature = {}
     for name in kernel.arg_names:
         if name in constants:

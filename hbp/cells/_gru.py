@@ -164,7 +164,7 @@ class GRUPullback:
         """
         check_cotangent("dh", dh, self.h, self.backend)
         solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch)
-        arrays = (self.x, self.h0, self.h, dh, *self.params)
+        arrays = (self.h, self.x, self.h0, dh, *self.params)
         whole, rounds = own_code("gru", solver, residual, self.backend, arrays)
         if whole is not None:
             return whole(self, dh, with_inputs)

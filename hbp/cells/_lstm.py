@@ -194,7 +194,7 @@ class LSTMPullback:
         if dc is not None:
             check_cotangent("dc", dc, self.states[0], self.backend)
         solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch)
-        arrays = (self.x, *self.initial, *self.states, dh, dc, *self.params)
+        arrays = (*self.states, self.x, *self.initial, dh, dc, *self.params)
         whole, rounds = own_code("lstm", solver, residual, self.backend, arrays)
         if whole is not None:
             return whole(self, dstates, with_inputs)

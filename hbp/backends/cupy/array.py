@@ -29,8 +29,9 @@ class CupyBackend(NumpyLike):
 
     def kernel(self, name: str, *arrays: Array) -> Callable[..., Any] | None:
         module = CUDA_CUPY.load()
-        known = module is not None and {dtype_name(array) for array in arrays} <= set(module.WIDE)
-        return getattr(module, name, None) if known else None
+        if module is None or not {dtype_name(array) for array in arrays} <= set(module.WIDE):
+            return None
+        return CUDA_CUPY.find(name, lambda: module.place(arrays[0]))
 
     def device(self) -> str:
         properties = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.Device().id)

@@ -38,8 +38,9 @@ class JaxBackend(ArrayBackend):
 
     def kernel(self, name: str, *arrays: Array) -> Callable[..., Any] | None:
         module = CUDA_JAX.load() if jax.default_backend() == "gpu" else None
-        known = len({array.dtype for array in arrays}) == 1
-        return getattr(module, name, None) if known else None
+        if module is None or len({array.dtype for array in arrays}) > 1:
+            return None
+        return CUDA_JAX.find(name, lambda: module.place(arrays[0]))
 
     def vjp(self, fn: Callable[[Array], Array], x: Array) -> tuple[Array, Pullback]:
         y, pullback = jax.vjp(fn, x)

@@ -8,7 +8,7 @@ chunks, and a scan over all chunks at once starts from those.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -18,23 +18,43 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from hbp.backends._measured import Place, settings
 from hbp.backends.jax.chains import varying
 from hbp.core.backend import Array, dtype_name
 from hbp.core.operator import Diagonal, Identity, LinearOperator, Scalar
 
 WIDE = {"bfloat16": "float32", "float16": "float32", "float32": "float32", "float64": "float64"}
 """The dtypes of states, and those their sums are accumulated in."""
-LANES = 128
-"""Lanes of a program: one for each thread of its four warps."""
-ROWS = 16
-"""Steps whose inputs are loaded at once, while the steps before them are computed."""
-FEW, MANY = 2**14, 2**16
-"""Lanes: below the first, time is split until there are as many as the second (sizes of a device of 2023)."""
-SHORTEST = 32
-"""The least number of steps of a chunk; shorter ones cost more in carries than they save."""
 
 
-def suffix_scan(operator: LinearOperator, c: Array, *, interpret: bool = False) -> Array:
+@dataclass(frozen=True)
+class Blocks:
+    """The sizes that a search may choose."""
+
+    lanes: int = 128
+    """Of a program: one for each thread of its warps."""
+    rows: int = 16
+    """Steps whose inputs are loaded at once, while the steps before them are computed."""
+    few: int = 2**14
+    """Lanes below which time is split ..."""
+    many: int = 2**16
+    """... until there are as many (sizes of a device of 2023)."""
+    shortest: int = 32
+    """The least number of steps of a chunk; shorter ones cost more in carries than they save."""
+
+
+GUESSED = Blocks()
+
+
+def place(c: Array) -> Place:
+    """Where the kernel on states ``c``, (L+1, ...), would run."""
+    family = str(getattr(jax.devices()[0], "compute_capability", "")).replace(".", "")
+    return Place(f"sm_{family}", dtype_name(c), len(c), prod(c.shape[1:]))
+
+
+def suffix_scan(
+    operator: LinearOperator, c: Array, sizes: Blocks | None = None, *, interpret: bool = False
+) -> Array:
     """Solve ``g[i] = A[i] g[i+1] + c[i]``, ``g[L] = c[L]``, in one pass over memory.
 
     The contract is that of `hbp.core.scan.sequential` for `Diagonal`, `Scalar` and `Identity` bound to the states
@@ -45,6 +65,7 @@ def suffix_scan(operator: LinearOperator, c: Array, *, interpret: bool = False) 
     Args:
         operator: the L maps, in the direction they are applied.
         c: (L+1, ...), bfloat16, float16, float32 or float64. Half precision accumulates in float32 and is rounded once.
+        sizes: of the programs; those measured at this size, or guesses, if not given.
         interpret: run the kernels in Pallas's interpreter, on any device and slowly.
 
     Raises:
@@ -52,47 +73,56 @@ def suffix_scan(operator: LinearOperator, c: Array, *, interpret: bool = False) 
     """
     if dtype_name(c) not in WIDE:
         raise TypeError(f"the Pallas suffix scan takes {', '.join(WIDE)}, not {dtype_name(c)}; cast the states")
+    how = _How(sizes or replace(GUESSED, **settings("jax.suffix_scan", place(c))), interpret)
     match operator:
         case Identity():
-            return _solution(1.0, interpret, None, c)
+            return _solution(1.0, how, None, c)
         case Scalar(float(number)):
-            return _solution(number, interpret, None, c)
+            return _solution(number, how, None, c)
         case Scalar(values) if hasattr(values, "shape"):
             values = values.reshape((-1,) + (1,) * (c.ndim - 1)).astype(c.dtype)
-            return _solution(1.0, interpret, varying(values, c), varying(c, values))
+            return _solution(1.0, how, varying(values, c), varying(c, values))
         case Diagonal(values):
             values = values.astype(c.dtype)
-            return _solution(1.0, interpret, varying(values, c), varying(c, values))
+            return _solution(1.0, how, varying(values, c), varying(c, values))
     raise TypeError(
         f"the Pallas suffix scan takes Diagonal, Scalar (a number or an array) and Identity, not "
         f"{type(operator).__name__}"
     )
 
 
+@dataclass(frozen=True)
+class _How:
+    """How programs run."""
+
+    sizes: Blocks
+    interpret: bool
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _solution(factor: float, interpret: bool, values: Array | None, c: Array) -> Array:
+def _solution(factor: float, how: _How, values: Array | None, c: Array) -> Array:
     """The solution for ``values``, (L, ...) as they broadcast, or for one number."""
     if len(c) == 1 or not c.size:
         return c
     flat, channels = c.reshape(len(c), -1), prod(c.shape[1:])
     if values is None:
-        return _solve(_Maps(factor, 1, 1, interpret), flat).reshape(c.shape)
+        return _solve(_Maps(factor, 1, 1, how), flat).reshape(c.shape)
     spread = _spread(values.shape[1:], c.shape[1:])
     if spread is None:
         values, spread = jnp.broadcast_to(values, (len(values), *c.shape[1:])), (1, channels)
-    maps = _Maps(factor, *spread, interpret)
+    maps = _Maps(factor, *spread, how)
     return _solve(maps, flat, values.reshape(len(values), -1)).reshape(c.shape)
 
 
-def _forward(factor: float, interpret: bool, values: Array | None, c: Array) -> tuple[Array, Any]:
-    g = _solution(factor, interpret, values, c)
+def _forward(factor: float, how: _How, values: Array | None, c: Array) -> tuple[Array, Any]:
+    g = _solution(factor, how, values, c)
     return g, (values, g)
 
 
-def _backward(factor: float, interpret: bool, kept: Any, cotangent: Array) -> tuple[Array | None, Array]:
+def _backward(factor: float, how: _How, kept: Any, cotangent: Array) -> tuple[Array | None, Array]:
     values, g = kept
     backwards = None if values is None else jnp.flip(values, 0)
-    dc = jnp.flip(_solution(factor, interpret, backwards, jnp.flip(cotangent, 0)), 0)
+    dc = jnp.flip(_solution(factor, how, backwards, jnp.flip(cotangent, 0)), 0)
     if values is None:
         return None, dc
     wide = WIDE[dtype_name(g)]
@@ -122,13 +152,13 @@ class _Maps:
     divisor: int
     modulus: int
     """Channel n has value n // divisor % modulus."""
-    interpret: bool
+    how: _How
 
 
 def _solve(maps: _Maps, c: Array, *values: Array) -> Array:
     """The solution for ``c``, (L+1, channels)."""
     length, channels = len(c) - 1, c.shape[1]
-    chunk = _chunk(length, channels)
+    chunk = _chunk(length, channels, maps.how.sizes)
     chunks = -(-length // chunk)
     if chunks == 1:
         return _launch(_scan, _Walk(maps, length, channels, chunk, 1), [_like(c)], c, *values)[0]
@@ -136,7 +166,7 @@ def _solve(maps: _Maps, c: Array, *values: Array) -> Array:
     summary = _like(c, (chunks - 1, channels), wide)
     later = _Walk(maps, length, channels, chunk, chunks - 1, skipped=1)
     products, offsets = _launch(_summaries, later, [summary, summary], c, *values)
-    between = _Maps(1.0, 1, channels, maps.interpret)
+    between = _Maps(1.0, 1, channels, maps.how)
     carries = _solve(between, jnp.concatenate([offsets, c[-1:].astype(wide)]), products)
     walk = _Walk(maps, length, channels, chunk, chunks)
     return _launch(partial(_scan, carried=True), walk, [_like(c)], c, *values, carries)[0]
@@ -152,11 +182,11 @@ def _like(c: Array, shape: tuple[int, ...] | None = None, dtype: Any = None) -> 
     return jax.ShapeDtypeStruct(shape or c.shape, dtype or c.dtype, **marks)
 
 
-def _chunk(length: int, channels: int) -> int:
+def _chunk(length: int, channels: int, sizes: Blocks) -> int:
     """The number of steps that one lane takes: all of them where there are channels enough."""
-    if channels >= FEW or length < 4 * SHORTEST:
+    if channels >= sizes.few or length < 4 * sizes.shortest:
         return length
-    return max(-(-length // -(-MANY // channels)), SHORTEST)
+    return max(-(-length // -(-sizes.many // channels)), sizes.shortest)
 
 
 @dataclass(frozen=True)
@@ -173,7 +203,8 @@ class _Walk:
 
     def lanes(self) -> tuple[Array, Array, Array]:
         """Each lane's row among the chunks and channel of the states, and whether there is such a lane."""
-        lane = pl.program_id(0) * LANES + jnp.arange(LANES, dtype=jnp.int32)
+        lanes = self.maps.how.sizes.lanes
+        lane = pl.program_id(0) * lanes + jnp.arange(lanes, dtype=jnp.int32)
         valid = lane < self.channels * self.chunks
         row = lane // self.channels if self.chunks > 1 else jnp.zeros_like(lane)
         return row, lane - row * self.channels, valid
@@ -188,7 +219,8 @@ class _Walk:
         row, channel, valid = self.lanes()
         stop = (row + self.skipped + 1) * self.chunk
         place = channel // self.maps.divisor % self.maps.modulus
-        tiles, odd = divmod(self.chunk, ROWS)
+        rows = self.maps.how.sizes.rows
+        tiles, odd = divmod(self.chunk, rows)
 
         def times(step: Any, count: int) -> list[tuple[Array, Array]]:
             short = self.length % self.chunk != 0  # the last chunk
@@ -196,24 +228,24 @@ class _Walk:
             return [(time, valid & (time < self.length) if short else valid) for time in every]
 
         def load(step: Any, count: int) -> list[tuple[Array, Array]]:
-            rows = []
+            found = []
             for time, inside in times(step, count):
                 factor = jnp.where(inside, jnp.asarray(self.maps.factor, wide), 1)
                 a = _load(values[0], time, place, inside, 1).astype(wide) if values else factor
-                rows.append((a, _load(c, time, channel, inside, 0).astype(wide)))
-            return rows
+                found.append((a, _load(c, time, channel, inside, 0).astype(wide)))
+            return found
 
-        def through(state: Any, step: Any, rows: list[tuple[Array, Array]]) -> Any:
-            for where, entries in zip(times(step, len(rows)), rows, strict=True):
+        def through(state: Any, step: Any, loaded: list[tuple[Array, Array]]) -> Any:
+            for where, entries in zip(times(step, len(loaded)), loaded, strict=True):
                 state = visit(state, *where, *entries)
             return state
 
         def body(tile: Any, carried: Any) -> Any:
-            state, rows = carried
-            following = load(odd + jnp.minimum(tile + 1, tiles - 1) * ROWS, ROWS)
-            return through(state, odd + tile * ROWS, rows), following
+            state, loaded = carried
+            following = load(odd + jnp.minimum(tile + 1, tiles - 1) * rows, rows)
+            return through(state, odd + tile * rows, loaded), following
 
-        rest, first = load(0, odd), load(odd, ROWS) if tiles else []
+        rest, first = load(0, odd), load(odd, rows) if tiles else []
         state = through(state, 0, rest)
         return jax.lax.fori_loop(0, tiles, body, (state, first))[0] if tiles else state
 
@@ -247,7 +279,8 @@ def _summaries(walk: _Walk, *refs: Any) -> None:
     def visit(state: Any, _time: Array, _inside: Array, a: Array, offset: Array) -> Any:
         return state[0] * a, state[1] * a + offset
 
-    start = jnp.ones(LANES, products.dtype), jnp.zeros(LANES, products.dtype)
+    lanes = walk.maps.how.sizes.lanes
+    start = jnp.ones(lanes, products.dtype), jnp.zeros(lanes, products.dtype)
     product, offset = walk.backwards(inputs, visit, start)
     _store(products, row, channel, valid, product)
     _store(offsets, row, channel, valid, offset)
@@ -265,11 +298,12 @@ def _launch(kernel: Callable[..., None], walk: _Walk, out: list[jax.ShapeDtypeSt
     def run(*refs: Any) -> None:
         kernel(walk, *refs)
 
+    lanes = walk.maps.how.sizes.lanes
     call = pl.pallas_call(
         run,
         out,
-        grid=(-(-walk.channels * walk.chunks // LANES),),
-        interpret=walk.maps.interpret,
-        compiler_params=triton.CompilerParams(num_warps=LANES // 32),
+        grid=(-(-walk.channels * walk.chunks // lanes),),
+        interpret=walk.maps.how.interpret,
+        compiler_params=triton.CompilerParams(num_warps=lanes // 32),
     )
     return call(*arrays)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hbp.backends._array import ArrayBackend
 from hbp.backends._kernels import CPU, CUDA_TORCH
+from hbp.backends._measured import Place
 from hbp.backends.torch.autograd import transformed
 from hbp.core.backend import Array, Pullback
 from hbp.core.operator import Dense, LinearOperator, Scalar
@@ -55,7 +56,7 @@ class TorchBackend(ArrayBackend):
             return None
         kinds, devices = {array.dtype for array in arrays}, {array.device.type for array in arrays}
         if devices == {"cuda"}:
-            return getattr(CUDA_TORCH.load(), name, None)
+            return CUDA_TORCH.find(name, partial(place, arrays[0]))
         module = CPU.load() if len(kinds) == 1 and kinds <= {torch.float32, torch.float64} else None
         if module is None or devices != {"cpu"} or not hasattr(module, name):
             return None
@@ -83,6 +84,12 @@ class TorchBackend(ArrayBackend):
 
     def norm(self, x: Array) -> float:
         return super().norm(x.detach())
+
+
+def place(x: Tensor) -> Place:
+    """Where a kernel on a scan of states like ``x``, (L+1, ...), would run."""
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+    return Place(f"sm_{major}{minor}", str(x.dtype).removeprefix("torch."), len(x), x[:1].numel())
 
 
 def _traced(*tensors: Tensor) -> bool:

@@ -1,5 +1,5 @@
 """CUDA C++ kernels for CuPy."""
 
-from hbp.backends.cupy.kernels.scan import WIDE, suffix_scan
+from hbp.backends.cupy.kernels.scan import WIDE, Blocks, place, suffix_scan
 
-__all__ = ["WIDE", "suffix_scan"]
+__all__ = ["WIDE", "Blocks", "place", "suffix_scan"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -11,19 +11,37 @@ from typing import Any
 
 import cupy
 
+from hbp.backends._measured import Place, settings
 from hbp.core.backend import Array, dtype_name
 from hbp.core.operator import Diagonal, Identity, LinearOperator, Scalar
 
 WIDE = {"float16": "float32", "float32": "float32", "float64": "float64"}
 """The dtypes of states, and those their sums are accumulated in."""
-THREADS = 128
-FEW, MANY = 128, 512
-"""Threads per multiprocessor: below the first, time is split until there are as many as the second."""
-SHORTEST = 32
-"""The least number of steps of a chunk; shorter ones cost more in carries than they save."""
 
 
-def suffix_scan(operator: LinearOperator, c: Array) -> Array:
+@dataclass(frozen=True)
+class Blocks:
+    """The sizes that a search may choose."""
+
+    threads: int = 128
+    """Of a block."""
+    few: int = 128
+    """Threads per multiprocessor below which time is split ..."""
+    many: int = 512
+    """... until there are as many."""
+    shortest: int = 32
+    """The least number of steps of a chunk; shorter ones cost more in carries than they save."""
+
+
+GUESSED = Blocks()
+
+
+def place(c: Array) -> Place:
+    """Where the kernel on states ``c``, (L+1, ...), would run."""
+    return Place(f"sm_{cupy.cuda.Device().compute_capability}", dtype_name(c), len(c), prod(c.shape[1:]))
+
+
+def suffix_scan(operator: LinearOperator, c: Array, sizes: Blocks | None = None) -> Array:
     """Solve ``g[i] = A[i] g[i+1] + c[i]``, ``g[L] = c[L]``, in one pass over memory.
 
     The contract is that of `hbp.core.scan.sequential` for `Diagonal`, `Scalar` and `Identity` bound to the states
@@ -35,6 +53,7 @@ def suffix_scan(operator: LinearOperator, c: Array) -> Array:
         operator: the L maps, in the direction they are applied.
         c: (L+1, ...), float16, float32 or float64, of any memory layout. float16 accumulates in float32 and is rounded
             once.
+        sizes: of the blocks; those measured at this size, or guesses, if not given.
 
     Raises:
         TypeError: another operator or dtype.
@@ -44,7 +63,8 @@ def suffix_scan(operator: LinearOperator, c: Array) -> Array:
     values, factor = _values(operator, c)
     g = cupy.empty(c.shape, c.dtype)
     if c.size:
-        _solve(_channels(values, factor, c), g)
+        sizes = sizes or replace(GUESSED, **settings("cupy.suffix_scan", place(c)))
+        _solve(_channels(values, factor, c), g, sizes)
     return g
 
 
@@ -128,35 +148,35 @@ def _collapsed(arrays: Sequence[Array]) -> tuple[list[int], list[list[int]]]:
     return sizes, strides
 
 
-def _solve(maps: _Maps, g: Array) -> None:
+def _solve(maps: _Maps, g: Array, sizes: Blocks) -> None:
     """Write the solution into ``g``, contiguous."""
-    chunk = _chunk(maps.length, maps.channels)
+    chunk = _chunk(maps.length, maps.channels, sizes)
     chunks = -(-maps.length // chunk)
     if chunks <= 1:
-        _launch("scan", maps, chunk, 1, 0, g)
+        _launch("scan", maps, chunk, 1, sizes.threads, 0, g)
         return
     wide = WIDE[dtype_name(maps.offsets)]
     products = cupy.empty((chunks - 1, maps.channels), wide)
     offsets = cupy.empty((chunks, maps.channels), wide)
     carries = cupy.empty((chunks, maps.channels), wide)
-    _launch("summaries", maps, chunk, chunks - 1, products, offsets)
-    _solve(_channels(products, 1.0, offsets), carries)
-    _launch("scan", maps, chunk, chunks, carries, g)
+    _launch("summaries", maps, chunk, chunks - 1, sizes.threads, products, offsets)
+    _solve(_channels(products, 1.0, offsets), carries, sizes)
+    _launch("scan", maps, chunk, chunks, sizes.threads, carries, g)
 
 
-def _chunk(length: int, channels: int) -> int:
+def _chunk(length: int, channels: int, sizes: Blocks) -> int:
     """The number of steps that one thread takes: all of them where there are channels enough."""
     processors: int = cupy.cuda.Device().attributes["MultiProcessorCount"]
-    if channels >= FEW * processors or length < 4 * SHORTEST:
+    if channels >= sizes.few * processors or length < 4 * sizes.shortest:
         return max(length, 1)
-    chunks = -(-MANY * processors // channels)
-    return max(-(-length // chunks), SHORTEST)
+    chunks = -(-sizes.many * processors // channels)
+    return max(-(-length // chunks), sizes.shortest)
 
 
-def _launch(name: str, maps: _Maps, chunk: int, chunks: int, *arguments: Any) -> None:
+def _launch(name: str, maps: _Maps, chunk: int, chunks: int, threads: int, *arguments: Any) -> None:
     kernel = _kernel(f"{name}_{dtype_name(maps.offsets)}", cupy.cuda.Device().id)
-    blocks = -(-maps.channels * chunks // THREADS)
-    kernel((blocks,), (THREADS,), (*maps.arguments(chunk), *arguments))
+    blocks = -(-maps.channels * chunks // threads)
+    kernel((blocks,), (threads,), (*maps.arguments(chunk), *arguments))
 
 
 @cache

@@ -5,6 +5,6 @@ Each function has the contract of a plain definition, which stays the specificat
 """
 
 from hbp.backends.torch.kernels.rounds import gru_rounds, lstm_rounds
-from hbp.backends.torch.kernels.scan import suffix_scan
+from hbp.backends.torch.kernels.scan import Blocks, suffix_scan
 
-__all__ = ["gru_rounds", "lstm_rounds", "suffix_scan"]
+__all__ = ["Blocks", "gru_rounds", "lstm_rounds", "suffix_scan"]

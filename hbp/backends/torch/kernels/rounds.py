@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hbp.backends.torch.array import TorchBackend
-from hbp.backends.torch.kernels.scan import check_device, column, compose, entering, first, launch
+from hbp.backends.torch.kernels.scan import Blocks, blocks, check_device, column, compose, entering, first, launch
 from hbp.cells._gru import GRUBlocks
 from hbp.cells._lstm import LSTMBlocks
 from hbp.core.backend import check_count, check_shape
@@ -87,7 +87,9 @@ def gru_kernel(
         tl.store(products + slot, product, inside)
 
 
-def gru_pass(z: Tensor, c: Tensor, pulled: Tensor | None, gains: Tensor | None, out: Tensor) -> None:
+def gru_pass(
+    z: Tensor, c: Tensor, pulled: Tensor | None, gains: Tensor | None, out: Tensor, sizes: Blocks | None = None
+) -> None:
     """One scan of a GRU's chain, written to ``out``.
 
     Args:
@@ -96,10 +98,12 @@ def gru_pass(z: Tensor, c: Tensor, pulled: Tensor | None, gains: Tensor | None, 
         pulled: what the blocks pull back to the first T states, (T, B, H), or None in the first round.
         gains: as in `GRUBlocks`, or None in the last round.
         out: ``gains * g[1:]``, (T, B, 3, H), or ``g`` itself, (T+1, B, H).
+        sizes: of the tiles.
     """
     rows, batch, hidden = c.shape
     arguments = (z, c, c if pulled is None else pulled, c if gains is None else gains, out, hidden, *z.stride())
-    launch(gru_kernel, c, rows, batch * hidden, *arguments, PULLED=pulled is not None, LAST=gains is None)
+    flags = {"PULLED": pulled is not None, "LAST": gains is None}
+    launch(gru_kernel, c, rows, batch * hidden, sizes, *arguments, **flags)
 
 
 def plain_gru_pass(z: Tensor, c: Tensor, pulled: Tensor | None, gains: Tensor | None, out: Tensor) -> None:
@@ -189,7 +193,15 @@ def lstm_kernel(
         tl.store(products + slot, product, inside)
 
 
-def lstm_pass(f: Tensor, exposed: Tensor, c: Tensor, pulled: Tensor | None, gains: Tensor | None, out: Tensor) -> None:
+def lstm_pass(
+    f: Tensor,
+    exposed: Tensor,
+    c: Tensor,
+    pulled: Tensor | None,
+    gains: Tensor | None,
+    out: Tensor,
+    sizes: Blocks | None = None,
+) -> None:
     """One scan of an LSTM's chain on the states (c, h), written to ``out``.
 
     Args:
@@ -199,11 +211,13 @@ def lstm_pass(f: Tensor, exposed: Tensor, c: Tensor, pulled: Tensor | None, gain
         pulled: what the blocks pull back to the first T states h, (T, B, H), or None in the first round.
         gains: as in `LSTMBlocks`, or None in the last round.
         out: the cotangents of the pre-activations, (T, B, 4, H), or those of the states, (T+1, B, 2, H).
+        sizes: of the tiles.
     """
     rows, batch, _, hidden = c.shape
     sources = (c, c if pulled is None else pulled, c if gains is None else gains)
     arguments = (f, exposed, *sources, out, hidden, *f.stride())
-    launch(lstm_kernel, c, rows, batch * hidden, *arguments, PULLED=pulled is not None, LAST=gains is None)
+    flags = {"PULLED": pulled is not None, "LAST": gains is None}
+    launch(lstm_kernel, c, rows, batch * hidden, sizes, *arguments, **flags)
 
 
 def plain_lstm_pass(
@@ -221,13 +235,14 @@ def plain_lstm_pass(
 
 
 @torch.no_grad()
-def gru_rounds(chain: LinearizedChain, c: Tensor, iterations: int) -> Tensor:
+def gru_rounds(chain: LinearizedChain, c: Tensor, iterations: int, sizes: Blocks | None = None) -> Tensor:
     """Highway-BP on the chain of a `GRUPullback`: ``highway(chain, c[-1], iterations, sources=c[:-1])``.
 
     Args:
         chain: T steps, unbound, with the residual path diag(z).
         c: what enters at the states, (T+1, B, H).
         iterations: k; as many as there are steps are exact.
+        sizes: of the tiles; those measured at this size, or guesses, if not given.
 
     Returns:
         ``g``, (T+1, B, H), contiguous; no gradient passes through it.
@@ -236,23 +251,25 @@ def gru_rounds(chain: LinearizedChain, c: Tensor, iterations: int) -> Tensor:
         TypeError, ValueError: another chain, or a dtype, device or shape that does not fit.
     """
     _check_chain(chain, GRUBlocks, Diagonal)
-    blocks, z = chain.pullbacks, chain.residual.arrays[0]
-    gains = blocks.gains.contiguous()
+    own, z = chain.pullbacks, chain.residual.arrays[0]
+    gains = own.gains.contiguous()
     steps, batch, _, hidden = gains.shape
     check_shape("c", c, (steps + 1, batch, hidden))
-    check_device(c, gains, blocks.weight, z)
+    check_device(c, gains, own.weight, z)
     c = c.contiguous()
-    return _iterated(partial(gru_pass, z, c), c, gains, blocks.weight, iterations)
+    fused = partial(gru_pass, z, c, sizes=sizes or blocks("gru_rounds", z))
+    return _iterated(fused, c, gains, own.weight, iterations)
 
 
 @torch.no_grad()
-def lstm_rounds(chain: LinearizedChain, c: Tensor, iterations: int) -> Tensor:
+def lstm_rounds(chain: LinearizedChain, c: Tensor, iterations: int, sizes: Blocks | None = None) -> Tensor:
     """Highway-BP on the chain of an `LSTMPullback`: ``highway(chain, c[-1], iterations, sources=c[:-1])``.
 
     Args:
         chain: T steps, unbound, with the residual path c[t-1] -> c[t] -> h[t].
         c: what enters at the states (c, h), (T+1, B, 2, H).
         iterations: k; as many as there are steps are exact.
+        sizes: of the tiles; those measured at this size, or guesses, if not given.
 
     Returns:
         ``g``, (T+1, B, 2, H), contiguous; no gradient passes through it.
@@ -261,13 +278,14 @@ def lstm_rounds(chain: LinearizedChain, c: Tensor, iterations: int) -> Tensor:
         TypeError, ValueError: another chain, or a dtype, device or shape that does not fit.
     """
     _check_chain(chain, LSTMBlocks, Pair)
-    blocks, f = chain.pullbacks, chain.residual.arrays[0][..., 0, :]
-    gains, exposed = blocks.gains.contiguous(), blocks.exposed.contiguous()
+    own, f = chain.pullbacks, chain.residual.arrays[0][..., 0, :]
+    gains, exposed = own.gains.contiguous(), own.exposed.contiguous()
     steps, batch, _, hidden = gains.shape
     check_shape("c", c, (steps + 1, batch, 2, hidden))
-    check_device(c, gains, exposed, blocks.weight, f)
+    check_device(c, gains, exposed, own.weight, f)
     c = c.contiguous()
-    return _iterated(partial(lstm_pass, f, exposed, c), c, gains, blocks.weight, iterations)
+    fused = partial(lstm_pass, f, exposed, c, sizes=sizes or blocks("lstm_rounds", f))
+    return _iterated(fused, c, gains, own.weight, iterations)
 
 
 def _check_chain(chain: LinearizedChain, blocks: type, residual: type) -> None:
@@ -277,7 +295,7 @@ def _check_chain(chain: LinearizedChain, blocks: type, residual: type) -> None:
 
 
 def _iterated(
-    fused: Callable[[Tensor | None, Tensor | None, Tensor], None],
+    fused: Callable[..., None],
     c: Tensor,
     gains: Tensor,
     weight: Tensor,

@@ -9,7 +9,7 @@ what enters each chunk at its end, and the walk starts from there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,19 +18,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from hbp.backends._measured import settings
+from hbp.backends.torch.array import place
 from hbp.core.operator import Diagonal, Identity, LinearOperator, Scalar
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TILE = 2048
-"""Numbers in a tile: 16 for each thread, all of them requested from memory before the first is needed."""
-WIDEST = 64
-"""Channels of a tile at most."""
 SHORTEST = 16
 """Rows of a tile at least, for how its numbers are dealt to threads."""
 SECTOR = 32
 """Bytes of the smallest access to memory: a narrower row of a tile would read numbers that it does not use."""
-WAVES = 2
-"""Programs for each processor, below which time is cut."""
 WORTH = 3
 """Chunks from which on a cut pays: its first pass reads everything once more."""
 
@@ -114,6 +110,22 @@ def scan_kernel(
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """The sizes that a search may choose."""
+
+    tile: int = 2048
+    """Numbers in a tile: 16 for each thread of 4 warps, all requested from memory before the first is needed."""
+    widest: int = 64
+    """Channels of a tile at most."""
+    waves: int = 2
+    """Programs for each processor, below which time is cut."""
+    warps: int = 4
+
+
+GUESSED = Blocks()
+
+
+@dataclass(frozen=True)
 class Cut:
     """How the rows and channels of a scan are dealt to programs."""
 
@@ -127,25 +139,29 @@ class Cut:
     """Tiles of a chunk, from its end to its start."""
     chunks: int
     """Chunks of time."""
+    warps: int
+    """Groups of 32 threads in a program."""
 
     @classmethod
-    def of(cls, rows: int, channels: int, itemsize: int, processors: int) -> Cut:
+    def of(cls, rows: int, channels: int, itemsize: int, processors: int, sizes: Blocks | None = None) -> Cut:
         """Narrow tiles before chunks: as many programs as the device wants, if there are; 0 asks for one chunk."""
-        width = min(WIDEST, triton.next_power_of_2(channels))
-        while width > SECTOR // itemsize and triton.cdiv(channels, width) < WAVES * processors:
+        sizes = sizes or GUESSED
+        width = min(sizes.widest, triton.next_power_of_2(channels))
+        while width > SECTOR // itemsize and triton.cdiv(channels, width) < sizes.waves * processors:
             width //= 2
         blocks = triton.cdiv(channels, width)
-        height = min(TILE // width, max(triton.next_power_of_2(rows), SHORTEST))
+        height = min(sizes.tile // width, max(triton.next_power_of_2(rows), SHORTEST))
         tiles = triton.cdiv(rows, height)
-        chunks = min(WAVES * processors // blocks, tiles)
+        chunks = min(sizes.waves * processors // blocks, tiles)
         each = triton.cdiv(tiles, chunks) if chunks >= WORTH else tiles
-        return cls(height, width, blocks, each, triton.cdiv(tiles, each))
+        return cls(height, width, blocks, each, triton.cdiv(tiles, each), sizes.warps)
 
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
         """What a kernel is compiled with, for tensors of this dtype."""
         acc = tl.float64 if dtype == torch.float64 else tl.float32
         # Fused multiply-adds round once; Triton 3.9 warns where that is left to its default.
-        return {"ACC": acc, "HEIGHT": self.height, "WIDTH": self.width, "enable_fp_fusion": True}
+        sizes = {"HEIGHT": self.height, "WIDTH": self.width, "num_warps": self.warps}
+        return {"ACC": acc, **sizes, "enable_fp_fusion": True}
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -158,7 +174,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def launch(kernel: Any, like: Tensor, rows: int, channels: int, *arguments: Any, **constants: Any) -> None:
+def blocks(name: str, like: Tensor) -> Blocks:
+    """The block sizes measured for a kernel at this size, or the guesses."""
+    return replace(GUESSED, **settings(f"torch.{name}", place(like)))
+
+
+def launch(
+    kernel: Any, like: Tensor, rows: int, channels: int, sizes: Blocks | None, *arguments: Any, **constants: Any
+) -> None:
     """Run a kernel over all rows and channels of a scan, in one pass or, where time is cut, in three.
 
     Args:
@@ -166,12 +189,13 @@ def launch(kernel: Any, like: Tensor, rows: int, channels: int, *arguments: Any,
         like: a tensor of the dtype and on the device of the scan.
         rows: L + 1.
         channels: the numbers in one state.
+        sizes: of its tiles.
         arguments: the kernel's parameters after ``tiles``.
         constants: its further constants.
     """
     if not rows * channels:
         return
-    cut = Cut.of(rows, channels, like.element_size(), processors(like.device))
+    cut = Cut.of(rows, channels, like.element_size(), processors(like.device), sizes)
     maps = (2, cut.chunks, channels) if cut.chunks > 1 else (2, 1, 1)
     offsets, factors = torch.empty(maps, dtype=wide(like.dtype), device=like.device).unbind()
     constants |= cut.constants(like.dtype)
@@ -180,15 +204,15 @@ def launch(kernel: Any, like: Tensor, rows: int, channels: int, *arguments: Any,
         carries = offsets
         if cut.chunks > 1:
             run(offsets, factors, rows, channels, cut.tiles, *arguments, SUMMARY=True, **constants)
-            carries = _between(factors[1:-1], offsets[1:])
+            carries = _between(factors[1:-1], offsets[1:], sizes)
         run(carries, factors, rows, channels, cut.tiles, *arguments, SUMMARY=False, **constants)
 
 
-def _between(factors: Tensor, offsets: Tensor) -> Tensor:
+def _between(factors: Tensor, offsets: Tensor, sizes: Blocks | None) -> Tensor:
     """What enters each chunk but the last at its end, from the affine maps of all but the first."""
     rows, channels = offsets.shape
     carries = torch.empty_like(offsets)
-    cut = Cut.of(rows, channels, offsets.element_size(), 0)
+    cut = Cut.of(rows, channels, offsets.element_size(), 0, sizes)
     strides = (channels, channels, 1)
     arguments = (offsets, factors, carries, channels, *strides, *strides)
     constants = cut.constants(offsets.dtype)
@@ -197,7 +221,7 @@ def _between(factors: Tensor, offsets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def suffix_scan(operator: LinearOperator, c: Tensor) -> Tensor:
+def suffix_scan(operator: LinearOperator, c: Tensor, sizes: Blocks | None = None) -> Tensor:
     """Solve ``g[i] = A[i] g[i+1] + c[i]``, ``g[L] = c[L]`` for `Diagonal`, `Scalar` and `Identity`.
 
     The contract of `hbp.backends._array.ArrayBackend.suffix_scan`, in half precision too: sums are in float32 there,
@@ -207,6 +231,7 @@ def suffix_scan(operator: LinearOperator, c: Tensor) -> Tensor:
     Args:
         operator: L maps.
         c: (L+1, ...), of any strides.
+        sizes: of the tiles; those measured at this size, or guesses, if not given.
 
     Returns:
         ``g``, contiguous; no gradient passes through it.
@@ -222,7 +247,8 @@ def suffix_scan(operator: LinearOperator, c: Tensor) -> Tensor:
     (inner, *inner_strides), (_, *outer_strides) = axes[-1], (axes[-2] if len(axes) > 1 else (1, 0, 0))
     strides = [(x.stride(0), outer_strides[i], inner_strides[i]) for i, x in enumerate((c, values))]
     g = torch.empty(c.shape, dtype=c.dtype, device=c.device)
-    launch(scan_kernel, c, rows, channels, c, values, g, inner, *strides[0], *strides[1])
+    sizes = sizes or blocks("suffix_scan", c)
+    launch(scan_kernel, c, rows, channels, sizes, c, values, g, inner, *strides[0], *strides[1])
     return g
 
 
