@@ -10,7 +10,7 @@ import nox
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = False  # also under CI: a missing interpreter skips with its reason
-nox.options.sessions = ["lint", "numpy", "torch", "jax", "cupy"]
+nox.options.sessions = ["lint", "numpy", "torch", "jax", "cupy", "rehearsal"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PROJECT, "test")
@@ -100,7 +100,16 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks", *(session.posargs or ["scan", "rnn", "stack", "memory", "crossover"]))
 
 
+@nox.session
+def rehearsal(session: nox.Session) -> None:
+    """What a GPU would be asked, asked of interpreters and a CPU, so that it works on the day there is one."""
+    session.install("-e", ".[torch,jax,bench]", *TEST_TORCH, *CONSTRAINTS)
+    out = Path(session.create_tmp(), "rehearsal")
+    shutil.rmtree(out, ignore_errors=True)
+    session.run("python", "-m", "benchmarks", "gpu", "--rehearse", "--out", str(out), *session.posargs)
+
+
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """The GPU tests, in the environment nox was started in: nothing is installed."""
-    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs, external=True)
+    """All there is to measure on a GPU, tests first, in the environment nox was started in: nothing is installed."""
+    session.run("python", "-m", "benchmarks", "gpu", *session.posargs, external=True)

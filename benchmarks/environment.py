@@ -14,29 +14,32 @@ from typing import Any
 
 import numpy as np
 
+import hbp
 from benchmarks.measure import Library
 from hbp.backends._kernels import VARIABLE
 
-PACKAGES = ("hbp", "numpy", "numba", "torch", "triton", "jax", "jaxlib", "cupy-cuda12x", "cupy-cuda13x")
+PACKAGES = ("numpy", "numba", "torch", "triton", "jax", "jaxlib", "cupy-cuda12x", "cupy-cuda13x")
 PEERS = ("mambapy", "accelerated-scan", "pararnn-torch")
 
 
-def environment(libraries: list[Library]) -> dict[str, Any]:
+def environment(libraries: list[Library], with_limits: bool = True) -> dict[str, Any]:
     """The date, the commit, the machine with its limits, the libraries' versions, devices and kernels."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
+        "driver": _driver(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": {name: found for name in (*PACKAGES, *PEERS) if (found := _version(name))},
+        "versions": {"hbp": hbp.__version__}
+        | {name: found for name in (*PACKAGES, *PEERS) if (found := _version(name))},
         "devices": {lib.name: lib.front_end.backend.device() for lib in libraries},
         "kernels": {lib.name: lib.front_end.backend.kernel_state() for lib in libraries},
         "variables": {
             name: os.environ[name] for name in sorted(os.environ) if name.endswith("_NUM_THREADS") or name == VARIABLE
         },
-        "limits": {lib.name: limits(lib) for lib in libraries},
+        "limits": {lib.name: limits(lib) for lib in libraries if with_limits},
     }
 
 
@@ -46,8 +49,8 @@ def limits(lib: Library) -> dict[str, float]:
     x, square = (lib.array(np.ones(shape, np.float32)) for shape in (size, (width, width)))
     product = lib.front_end.jit(lambda a: a @ a)
     return {
-        "copy_bytes_per_s": 8 * size / _best(lib, _copy_of(lib, x), x),
-        "flops_per_s": 2 * width**3 / _best(lib, product, square),
+        "copy_bytes_per_s": 8 * size / best(lib, _copy_of(lib, x), x),
+        "flops_per_s": 2 * width**3 / best(lib, product, square),
     }
 
 
@@ -64,7 +67,7 @@ def _copy_of(lib: Library, x: Any) -> Callable[[Any], Any]:
     return copy
 
 
-def _best(lib: Library, function: Callable[[Any], Any], x: Any) -> float:
+def best(lib: Library, function: Callable[[Any], Any], x: Any) -> float:
     """Seconds of the best of some calls: a limit is what can be reached."""
     found = []
     for _ in range(9):
@@ -74,7 +77,7 @@ def _best(lib: Library, function: Callable[[Any], Any], x: Any) -> float:
     return min(found[1:])
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit, with a plus where the tree has other changes; None outside a clone."""
     here = Path(__file__).parent
 
@@ -93,6 +96,15 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _driver() -> str | None:
+    """The CUDA device, its driver and memory, as nvidia-smi says."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(name: str) -> str | None:

@@ -16,6 +16,9 @@ from hbp.backends.numpy import backend
 from hbp.core.registry import load
 from hbp.diagnosis.agreement import Agreement
 
+BATCH_MS = 20.0
+"""Of the calls that are timed together on a device, where a single one takes less."""
+
 
 @dataclass(frozen=True)
 class Library:
@@ -28,6 +31,8 @@ class Library:
     wait: Callable[[Any], Any]
     """Returns when the arrays given, and all before them, are computed."""
     on_gpu: bool = False
+    cast: Callable[[Any, str], Any] = lambda x, dtype: x.astype(dtype)
+    """An array in a dtype of this name."""
 
 
 def library(name: str) -> Library:
@@ -42,9 +47,10 @@ def library(name: str) -> Library:
             name,
             front_end,
             lambda x: torch.from_numpy(x).to(device),
-            lambda x: x.detach().cpu().numpy(),
+            lambda x: (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy(),
             lambda _: torch.cuda.synchronize() if device == "cuda" else None,
             device == "cuda",
+            lambda x, dtype: x.to(getattr(torch, dtype)),
         )
     if name == "jax":
         import jax
@@ -77,13 +83,20 @@ class Method:
     yardstick: bool = False
     """It computes something else, to compare times with."""
 
-    def run(self) -> tuple[float, float, Any]:
-        """Seconds of the forward and of the backward pass, and the result."""
+    def run(self, calls: int = 1) -> tuple[float, float, Any]:
+        """Seconds of the forward and of the backward pass, and the result; the mean of some calls without a backward.
+
+        A device works on one call while the next is prepared: only the last is waited for.
+        """
         start = perf_counter()
+        for _ in range(calls - 1):
+            self.forward()
         state = self.forward()
         self.library.wait(state)
+        if self.backward is None:
+            return (perf_counter() - start) / calls, 0.0, state
         middle = perf_counter()
-        found = state if self.backward is None else self.backward(state)
+        found = self.backward(state)
         self.library.wait(found)
         return middle - start, perf_counter() - middle, found
 
@@ -158,6 +171,7 @@ def time_all(pairs: list[tuple[Row, Method]], rounds: int, advance: Callable[[],
     """
     times: list[list[tuple[float, float]]] = [[] for _ in pairs]
     order = list(enumerate(pairs))
+    calls = [_calls(*pair) for pair in pairs]
     gc.collect()
     gc.disable()
     try:
@@ -166,7 +180,7 @@ def time_all(pairs: list[tuple[Row, Method]], rounds: int, advance: Callable[[],
                 members = list(group)
                 members[0][1][1].run()
                 for index, (_, method) in members:
-                    times[index].append(method.run()[:2])
+                    times[index].append(method.run(calls[index])[:2])
                     advance()
             gc.collect()
     finally:
@@ -175,6 +189,27 @@ def time_all(pairs: list[tuple[Row, Method]], rounds: int, advance: Callable[[],
         row.whole_ms = milliseconds(sum(both) for both in found)
         if method.backward is not None:
             row.forward_ms, row.backward_ms = (milliseconds(part) for part in zip(*found, strict=True))
+
+
+def _calls(row: Row, method: Method) -> int:
+    """How many calls of one pass a time on a device is the mean of: waiting for it takes as long as a short one."""
+    if not method.library.on_gpu or method.backward is not None:
+        return 1
+    return max(1, min(100, int(BATCH_MS / max(row.first_ms or BATCH_MS, BATCH_MS / 100))))
+
+
+def per_call(lib: Library, call: Callable[[], Any]) -> float:
+    """Seconds of a call that ran before: the median over batches, of which only the last call is waited for."""
+
+    def batch(count: int) -> float:
+        start = perf_counter()
+        for _ in range(count):
+            found = call()
+        lib.wait(found)
+        return (perf_counter() - start) / count
+
+    count = max(1, min(1000, int(BATCH_MS / 1e3 / max(batch(1), 1e-6))))
+    return median(batch(count) for _ in range(5))
 
 
 def milliseconds(seconds: Iterable[float]) -> list[float]:

@@ -52,6 +52,13 @@ def measured(case: dict[str, Any], name: str, index: int) -> tuple[int | None, i
     return found  # type: ignore[no-any-return]
 
 
+def measured_here(method: Method) -> tuple[int | None, int | None]:
+    """The same in this process, where the library counts the memory of its device itself."""
+    method.run()
+    saved = _saved(method)
+    return saved, _peak(method)
+
+
 def _probe(case: dict[str, Any], name: str, index: int, out: Connection) -> None:
     try:
         lib = library(name)
@@ -115,6 +122,13 @@ def _peak(method: Method) -> int | None:
         before = torch.cuda.memory_allocated()
         method.run()
         return torch.cuda.max_memory_allocated() - before
+    if method.library.on_gpu and method.library.name == "jax":
+        import jax
+
+        device = jax.devices()[0]
+        before = device.memory_stats()["bytes_in_use"]
+        method.run()
+        return device.memory_stats()["peak_bytes_in_use"] - before  # this process has had no larger peak
     if method.library.on_gpu:
         return None
     gc.collect()

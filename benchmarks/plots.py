@@ -74,7 +74,12 @@ def error_against_time(rows: Rows) -> Any:
     return figure
 
 
-_LINES = (("Highway-BP", 1, "-"), ("Highway-BP", 8, "--"), ("fixed point", 1, ":"))
+_LINES = (
+    ("Highway-BP", 1, "-"),
+    ("Highway-BP (kernels)", 1, "-."),
+    ("Highway-BP", 8, "--"),
+    ("fixed point", 1, ":"),
+)
 
 
 def _logarithmic(axis: Any, label: str, heading: str) -> None:

@@ -1,21 +1,47 @@
-"""The Markdown table and the plots of a result, from its JSON alone."""
+"""The Markdown table and the plots of a result, from its JSON alone; ``python -m benchmarks report FOLDER``."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, tables
+from benchmarks.gpu import page
 
 PICTURES: dict[str, list[tuple[str, Callable[[tables.Rows], Any]]]] = {
     "scan": [("", plots.scan_speed)],
     "rnn": [("-error", plots.error_against_time), ("-speed", plots.speed)],
     "crossover": [("", plots.crossover), ("-speed", plots.speed)],
     "stack": [("-error", plots.error_against_time)],
+    "blocks": [("-error", plots.error_against_time)],
     "memory": [("", plots.memory)],
 }
+
+
+def main(arguments: list[str]) -> int:
+    """Make what can be made from a folder's JSON; returns 2 where there is nothing."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description="Tables and plots from JSON.")
+    parser.add_argument("folder", type=Path, help="with the results of tables, or of `python -m benchmarks gpu`")
+    folder = parser.parse_args(arguments).folder
+    files = [path for path in sorted(folder.glob("*.json")) if path.stem in PICTURES]
+    try:
+        if (folder / "machine.json").exists():
+            made = page.write(folder)
+        else:
+            made = [one for path in files for one in write(path)]
+    except (ValueError, KeyError) as error:
+        print(f"benchmarks report: {folder} holds what is no result: {error!r}", file=sys.stderr)
+        return 2
+    if not made:
+        print(f"benchmarks report: {folder} holds no results; give a folder that --out named", file=sys.stderr)
+        return 2
+    for one in made:
+        print(f"wrote {one}")
+    return 0
 
 
 def write(path: Path) -> list[Path]:

@@ -19,20 +19,35 @@ CASES = {
     "quick": [{"T": T, "B": 8, "D": 128} for T in (1024, 4096, 16384)],
     "full": [{"T": T, "B": B, "D": D} for B, D in ((1, 64), (1, 1024), (8, 128)) for T in (256, 1024, 4096, 16384)],
 }
-GPU_CASES = [{"T": T, "B": B, "D": D} for B, D in ((1, 128), (8, 512), (32, 1024)) for T in (256, 1024, 4096, 16384)]
+GPU_CASES = [
+    *({"T": T, "B": 8, "D": 512, "dtype": dtype} for T in (16384, 1024) for dtype in ("float32", "bfloat16")),
+    *({"T": T, "B": 1, "D": 64, "dtype": dtype} for T in (2**20, 16384) for dtype in ("float32", "bfloat16")),
+    {"T": 16384, "B": 8, "D": 512, "maps": "identity"},
+    *({"T": T, "B": 1, "D": 64} for T in (1024, 4096, 2**17)),
+    *({"T": T, "B": 32, "D": 1024} for T in (256, 4096)),
+]
 CHECK = {"T": 37, "B": 2, "D": 5}
 
 
 def problem(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Random gates in (0, 1), (T, B, D), and cotangents, (T+1, B, D), float32."""
+    """Random gates in (0, 1), (T, B, D), or ones, and cotangents, (T+1, B, D): float32 in the case's precision."""
     rng, shape = np.random.default_rng(0), (case["B"], case["D"])
     gates = rng.random((case["T"], *shape), dtype=np.float32)
-    return gates, rng.standard_normal((case["T"] + 1, *shape), dtype=np.float32)
+    c = rng.standard_normal((case["T"] + 1, *shape), dtype=np.float32)
+    if case.get("maps") == "identity":
+        gates[:] = 1
+    if case.get("dtype") == "bfloat16":
+        gates, c = ((x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32) for x in (gates, c))
+    return gates, c
 
 
 def reference(case: dict[str, Any], method: Method | None = None, lib: Library | None = None) -> np.ndarray:
-    """The scan in float64, step by step."""
+    """The scan in float64: step by step, or on a device in sweeps, where so many steps would take too long."""
     gates, c = problem(case)
+    if lib is not None:
+        wide = [lib.array(x.astype(np.float64)) for x in (gates, c)]
+        swept = hillis_steele(hbp.Diagonal(wide[0]), wide[1], Parallel(lib.name, lib.front_end.backend.xp))
+        return lib.numpy(swept).ravel()
     g = c.astype(np.float64)
     for i in range(len(gates) - 1, -1, -1):
         g[i] += gates[i] * g[i + 1]
@@ -40,8 +55,9 @@ def reference(case: dict[str, Any], method: Method | None = None, lib: Library |
 
 
 def moved_bytes(case: dict[str, Any]) -> int:
-    """Both inputs read and the result written, once."""
-    return 4 * 3 * case["T"] * case["B"] * case["D"]
+    """The inputs read and the result written, once."""
+    arrays, size = 2 if case.get("maps") == "identity" else 3, 2 if case.get("dtype") == "bfloat16" else 4
+    return size * arrays * case["T"] * case["B"] * case["D"]
 
 
 class Parallel(ArrayBackend):
@@ -50,18 +66,30 @@ class Parallel(ArrayBackend):
     def suffix_scan(self, operator: Any, c: Any) -> Any:
         return hillis_steele(operator, c, self)
 
+    def cast(self, x: Any, like: Any) -> Any:
+        return x.to(like.dtype) if self.name == "torch" else super().cast(x, like)
+
+    def widened(self, x: Any) -> Any:
+        return x.float() if self.name == "torch" and x.itemsize == 2 else super().widened(x)
+
     def concat(self, arrays: Any, axis: int = 0) -> Any:
         return self.xp.cat(tuple(arrays), axis) if self.name == "torch" else super().concat(arrays, axis)
 
 
 def methods(case: dict[str, Any], lib: Library) -> Iterator[Method]:
     """hbp's scan in a library, Hillis-Steele's, the loop step by step, and what others ship."""
-    gates, c = (lib.array(x) for x in problem(case))
-    operator, parallel = hbp.Diagonal(gates), Parallel(lib.name, lib.front_end.backend.xp)
+    dtype, identity = case.get("dtype", "float32"), case.get("maps") == "identity"
+    if dtype == "bfloat16" and lib.name not in ("torch", "jax"):
+        return  # NumPy and CuPy have none
+    gates, c = (lib.array(x) if dtype == "float32" else lib.cast(lib.array(x), dtype) for x in problem(case))
+    operator: Any = hbp.Identity() if identity else hbp.Diagonal(gates)
+    parallel = Parallel(lib.name, lib.front_end.backend.xp)
     ours, hillis = (lib.front_end.jit(f) for f in (lib.front_end.backend.propagate, parallel.propagate))
     yield Method("hbp", lib, lambda: ours(operator, c), None, ours=True)
-    yield Method("Hillis-Steele (the paper's)", lib, lambda: hillis(operator, c), None)
-    for name, run, finish in _OTHERS.get(lib.name, lambda *_: ())(gates, c):
+    plain = "the library's cumsum, reversed" if identity else "Hillis-Steele (the paper's)"
+    yield Method(plain, lib, lambda: hillis(operator, c), None)
+    others: Any = _torch_sums if identity and lib.name == "torch" else _OTHERS.get(lib.name, lambda *_: ())
+    for name, run, finish in others(gates, c):
         yield Method(name, lib, run, None, ours="hbp" in name, finish=finish, yardstick="no scan" in name)
 
 
@@ -83,6 +111,12 @@ def _numpy_others(gates: np.ndarray, c: np.ndarray) -> Iterator[Other]:
         yield "hbp's kernel into a third array", lambda: kernel(operator, c, out=third), lambda g: g
     a, b, out = gates, gates.copy(), np.empty_like(gates)
     yield "a * b into a third array (no scan)", lambda: np.multiply(a, b, out=out), lambda _: None
+
+
+def _torch_sums(_gates: Any, c: Any) -> Iterator[Other]:
+    """What torch ships for identities, forward in time; reversing its direction is not timed."""
+    turned = c.flip(0).contiguous()
+    yield "torch.cumsum (its direction)", lambda: turned.cumsum(0), lambda h: h.flip(0)
 
 
 def _torch_others(gates: Any, c: Any) -> Iterator[Other]:

@@ -16,8 +16,12 @@ CASES = {
     "quick": [{"L": 64, "d": d, "B": B} for d, B in ((32, 4), (128, 32))],
     "full": [{"L": L, "d": d, "B": B} for L in (64, 256) for d in (32, 128) for B in (4, 32)],
 }
-GPU_CASES = [{"L": L, "d": d, "B": B} for L in (64, 256) for d in (64, 256) for B in (4, 32, 128)]
+GPU_CASES = [{"L": L, "d": d, "B": B} for L in (64, 256, 512) for d, B in ((64, 4), (256, 4), (256, 32))]
 CHECK = {"L": 160, "d": 4, "B": 3}
+
+
+WAYS = {False: {"": None}, True: {"": True, ", layer by layer": False}}
+"""How PyTorch pulls layers back, by whether it is on a GPU: as hbp chooses, or all at once and one by one."""
 
 
 def problem(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -110,8 +114,9 @@ def _torch(case: dict[str, Any], lib: Library, u: Any, w: Any, x: Any, dy: Any) 
     plain = torch.nn.Sequential(*layers)
     yield method("torch autograd", plain)
     for name, k, chunk, residual in _variants():
-        stack = lib.front_end.Sequential(*layers, iterations=k, chunk=chunk, residual=residual)
-        yield method(name, stack, k=k, chunk=chunk, ours=residual is None, exact=False)
+        for way, stacked in WAYS[lib.on_gpu].items():
+            stack = lib.front_end.Sequential(*layers, iterations=k, chunk=chunk, residual=residual, stacked=stacked)
+            yield method(name + way, stack, k=k, chunk=chunk, ours=residual is None, exact=False)
 
 
 def _jax(case: dict[str, Any], lib: Library, u: Any, w: Any, x: Any, dy: Any) -> Iterator[Method]:

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("rich", reason="the benchmarks show their progress with rich")
 
 from benchmarks import __main__ as command
-from benchmarks import crossover, measure, memory, report, rnn, scan, stack
+from benchmarks import blocks, cases, crossover, measure, memory, report, rnn, scan, stack
 
 GRU = {"cell": "gru", "T": 20, "B": 2, "H": 4, "weights": 1.0}
 LSTM = {**GRU, "cell": "lstm"}
@@ -21,10 +21,11 @@ LSTM = {**GRU, "cell": "lstm"}
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setattr(command, "_TESTS", {})
+    monkeypatch.setattr(cases, "_TESTS", {})
     monkeypatch.setitem(scan.CASES, "quick", [{"T": 9, "B": 2, "D": 3}, {"T": 17, "B": 2, "D": 3}])
     monkeypatch.setitem(rnn.CASES, "quick", [GRU, LSTM])
     monkeypatch.setitem(stack.CASES, "quick", [{"L": 9, "d": 3, "B": 2}])
+    monkeypatch.setitem(blocks.CASES, "quick", [{"L": 4, "d": 6, "heads": 2, "T": 5}])
     monkeypatch.setitem(crossover.CASES, "quick", [GRU, {**GRU, "B": 3}, {**GRU, "T": 9}, LSTM])
     monkeypatch.setitem(memory.CASES, "quick", [GRU])
 
@@ -36,7 +37,7 @@ def run(library, tmp_path, *tables):
 
 def test_every_row_is_checked_and_timed(library, tmp_path):
     tables = ["scan", "rnn"]
-    tables += {"torch": ["stack", "crossover"], "jax": ["stack"]}.get(library.name, [])
+    tables += {"torch": ["stack", "blocks", "crossover"], "jax": ["stack"]}.get(library.name, [])
     status, documents = run(library, tmp_path, *tables)
     assert status == 0
     for table, document in documents.items():
@@ -86,7 +87,7 @@ def test_no_two_iterates_pass_for_one_another(cell):
     method = measure.Method("Highway-BP", measure.library("numpy"), lambda: 0, None)
     found = [module.reference(case, replace(method, k=k)) for k in rnn.ITERATIONS] + [module.reference(case)]
     for one, other in pairwise(found):
-        assert measure.agreement(one, other).error > 3 * command.TOLERANCE
+        assert measure.agreement(one, other).error > 3 * cases.TOLERANCE["float32"]
 
 
 def test_what_fails_is_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):

@@ -52,9 +52,7 @@ def place(c: Array) -> Place:
     return Place(f"sm_{family}", dtype_name(c), len(c), prod(c.shape[1:]))
 
 
-def suffix_scan(
-    operator: LinearOperator, c: Array, sizes: Blocks | None = None, *, interpret: bool = False
-) -> Array:
+def suffix_scan(operator: LinearOperator, c: Array, sizes: Blocks | None = None, *, interpret: bool = False) -> Array:
     """Solve ``g[i] = A[i] g[i+1] + c[i]``, ``g[L] = c[L]``, in one pass over memory.
 
     The contract is that of `hbp.core.scan.sequential` for `Diagonal`, `Scalar` and `Identity` bound to the states

@@ -1,0 +1,123 @@
+"""A case of a table: each method is tested, then its gradient's error is found, then all are timed in turns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+from benchmarks import memory
+from benchmarks.measure import Library, Method, Row, agreement, first_calls, time_all
+
+TABLES = ("scan", "rnn", "stack", "blocks", "memory", "crossover")
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+"""The largest relative error with which a method passes the test before it is timed, by its dtype."""
+Limits = dict[str, dict[str, float]]
+
+
+def module_of(table: str) -> Any:
+    """The module of this name beside this one."""
+    return import_module(f"benchmarks.{table}")
+
+
+def rows_of(
+    table: str,
+    case: dict[str, Any],
+    libraries: Sequence[Library],
+    limits: Limits,
+    rounds: int,
+    advance: Callable[[], None] = lambda: None,
+    methods: Callable[[dict[str, Any], Library], Iterator[Method]] | None = None,
+) -> list[Row]:
+    """The rows of a case, of all the table's methods or of those given."""
+    if table == "memory":
+        return remembered(case, libraries, advance)
+    return timed(table, case, libraries, limits, rounds, advance, methods or module_of(table).methods)
+
+
+def timed(
+    table: str,
+    case: dict[str, Any],
+    libraries: Sequence[Library],
+    limits: Limits,
+    rounds: int,
+    advance: Callable[[], None],
+    methods: Callable[[dict[str, Any], Library], Iterator[Method]],
+) -> list[Row]:
+    """A case's rows: test, error of the gradient, times, fractions of the machine's limits."""
+    module = module_of(table)
+    pairs = [(Row.of(table, case, method), method) for lib in libraries for method in methods(case, lib)]
+    _test_all(table, case, pairs, methods)
+    alive = [(row, method) for row, method in pairs if row.failed is None]
+    if not alive:
+        return [row for row, _ in pairs]
+    on_gpu = next((lib for lib in libraries if lib.on_gpu and lib.name != "jax"), None)  # JAX's float64 is a setting
+    exact = module.reference(case, lib=on_gpu)
+    for row, found in first_calls(alive):
+        agreed = agreement(found, exact)
+        row.error, row.cosine = agreed.error, agreed.cosine
+        if row.exact and not row.error <= 10 * _tolerance(case):
+            row.failed = f"relative error {row.error:.1e} at full size"
+        advance()
+    alive = [(row, method) for row, method in alive if row.failed is None]
+    time_all(alive, rounds, advance)
+    for row, method in alive:
+        same = [lib.name for lib in libraries if lib.on_gpu == method.library.on_gpu]
+        limit = {name: max(limits[other][name] for other in same) for name in limits[row.library]}
+        if table == "scan":
+            row.copy_fraction = _share(module.moved_bytes(case), row.whole_ms, limit["copy_bytes_per_s"])
+        else:
+            row.product_fraction = _share(module.product_flops(case, method), row.backward_ms, limit["flops_per_s"])
+    return [row for row, _ in pairs]
+
+
+def _tolerance(case: dict[str, Any]) -> float:
+    return TOLERANCE[case.get("dtype", "float32")]
+
+
+def _test_all(table: str, case: dict[str, Any], pairs: list[tuple[Row, Method]], methods: Any) -> None:
+    """Each method at a small size against its own definition in float64; once for all cases of its kind."""
+    module = module_of(table)
+    small = {**case, **module.CHECK}
+    new: dict[str, Iterator[Method]] = {}
+    for row, method in pairs:
+        key = (json.dumps(small), row.library, row.method, row.k, row.chunk)
+        if row.library not in new:
+            new[row.library] = methods(small, method.library)
+        check = next(new[row.library])
+        if not method.yardstick:
+            _TESTS[key] = _TESTS.get(key) or _error_or_reason(check, module.reference(small, check), _tolerance(case))
+            row.check, row.failed = _TESTS[key]
+
+
+_TESTS: dict[tuple[Any, ...], tuple[float | None, str | None]] = {}
+
+
+def _error_or_reason(method: Method, expected: Any, tolerance: float) -> tuple[float | None, str | None]:
+    try:
+        error = agreement(method.result(method.run()[2]), expected).error
+    except Exception as caught:
+        return None, f"{type(caught).__name__}: {caught}"
+    return error, None if error <= tolerance else f"relative error {error:.1e} in its test, above {tolerance:.0e}"
+
+
+def _share(amount: int, times: list[float] | None, rate: float) -> float | None:
+    return None if times is None else amount / rate / (times[0] / 1e3)
+
+
+def remembered(case: dict[str, Any], libraries: Sequence[Library], advance: Callable[[], None]) -> list[Row]:
+    """A case's rows of memory."""
+    rows = []
+    for lib in libraries:
+        for index, method in enumerate(memory.methods(case, lib)):
+            row = Row.of("memory", case, method)
+            try:
+                here = lib.on_gpu and lib.name == "torch"
+                found = memory.measured_here(method) if here else memory.measured(case, lib.name, index)
+                row.saved_bytes, row.peak_bytes = found
+            except RuntimeError as error:
+                row.failed = f"{type(error).__name__}: {error}" if here else str(error)
+            rows.append(row)
+            advance()
+    return rows

@@ -1,0 +1,118 @@
+"""``python -m benchmarks gpu``: the command line, and how its minutes are spent."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import monotonic
+
+from benchmarks.gpu import page, process
+from benchmarks.gpu.device import NONE, origin
+from benchmarks.gpu.record import Record
+from benchmarks.gpu.steps import STEPS, Step
+
+WORTH = 20.0
+"""Seconds below which a step that ran out of time is not gone on with."""
+
+
+def main(arguments: list[str], steps: Sequence[Step] = STEPS) -> int:
+    """Run the command line; returns 0, 1 where a part failed, 2 for bad input."""
+    options = _parser(steps).parse_args(arguments)
+    chosen = [step for step in steps if step.name in (options.steps or [step.name])]
+    try:
+        _check(options, chosen)
+        options.out.mkdir(parents=True, exist_ok=True)
+        records = [Record.of(options.out, step.name, origin(options.rehearse)) for step in chosen]
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"benchmarks gpu: {error}", file=sys.stderr)
+        return 2
+    for step, record in zip(chosen, records, strict=True):
+        record.retry(step.limit(options.rehearse) / 2)
+        if record.path.exists():
+            record.write()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step at work ends too
+    try:
+        _spend(options, chosen, monotonic() + 60 * options.minutes)
+    except ValueError as error:  # the code was changed meanwhile, or a file
+        print(f"benchmarks gpu: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks gpu: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    for made in page.write(options.out, steps):
+        print(f"wrote {made}")
+    failed = [Record.of(options.out, step.name, origin(options.rehearse)).failed for step in chosen]
+    return int(any(failed))
+
+
+def _parser(steps: Sequence[Step]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu",
+        description="Measure everything on a CUDA device, in order of worth: "
+        + "; ".join(f"{step.name} ({step.what})" for step in steps)
+        + ". Each step runs in a process of its own with a time limit and writes STEP.json after every part; a later "
+        "call with the same folder goes on. Ends with a page, gpu.md, and plots where matplotlib is installed.",
+    )
+    parser.add_argument("--minutes", type=float, help="to spend in all (default: 25; in a rehearsal 5)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="(default: benchmarks/results/gpu; in a rehearsal hbp-rehearsal)"
+    )
+    parser.add_argument("--steps", nargs="+", choices=[step.name for step in steps], metavar="STEP", help="only these")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="the same steps without a GPU: kernels in interpreters, tiny sizes; what needs a device is listed",
+    )
+    return parser
+
+
+def _check(options: argparse.Namespace, chosen: Sequence[Step]) -> None:
+    """Fill in the defaults, and refuse what cannot work.
+
+    Raises:
+        ValueError: minutes that are none, or too few.
+        RuntimeError: no device.
+    """
+    if options.minutes is None:
+        options.minutes = 5.0 if options.rehearse else 25.0
+    if options.out is None:
+        options.out = Path("hbp-rehearsal" if options.rehearse else "benchmarks/results/gpu")
+    first, needed = chosen[0], chosen[0].limit(options.rehearse) / 60
+    if not math.isfinite(options.minutes) or options.minutes < needed:
+        raise ValueError(
+            f"--minutes {options.minutes:g} is less than the first step, {first.name}, may take; "
+            f"give {needed:.2g} or more"
+        )
+    if not options.rehearse and origin(False).device == NONE:
+        raise RuntimeError("there is no CUDA device (nvidia-smi shows those that the driver knows); or give --rehearse")
+
+
+def _spend(options: argparse.Namespace, chosen: Sequence[Step], end: float) -> None:
+    """Each step within its limit, then those that ran out of time with what is left."""
+    for again in (False, True):
+        for number, step in enumerate(chosen, 1):
+            record = Record.of(options.out, step.name, origin(options.rehearse))
+            left = end - monotonic()
+            if record.complete or (again and record.ended != process.OUT_OF_TIME):
+                continue
+            if left < (WORTH if again else 1):
+                print(f"{step.name}: not begun, {max(left, 0):.0f} s are left" if not record.parts else "", flush=True)
+                continue
+            limit = left if again else min(step.limit(options.rehearse), left)
+            print(f"step {number}/{len(chosen)}, {step.name}: {step.what}; at most {limit:.0f} s", flush=True)
+            print(f"{step.name}: {_work(step, options, monotonic() + limit)}", flush=True)
+
+
+def _work(step: Step, options: argparse.Namespace, end: float) -> str:
+    """Run a step until it is complete or its time is over; a process that dies is followed by another."""
+    known = -1
+    while True:
+        ended = process.run(step, options.out, end - monotonic(), options.rehearse)
+        parts = len(Record.of(options.out, step.name, origin(options.rehearse)).parts)
+        if ended in (process.COMPLETE, process.OUT_OF_TIME) or parts == known or end - monotonic() < 1:
+            return ended
+        known = parts

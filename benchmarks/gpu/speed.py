@@ -1,0 +1,160 @@
+"""The tables of `benchmarks` at the sizes that matter on a device, with the kernels on and off."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+from benchmarks import cases
+from benchmarks import memory as probes
+from benchmarks import rnn as recurrent
+from benchmarks.gpu.correctness import passed
+from benchmarks.gpu.machine import libraries, limits_of
+from benchmarks.gpu.steps import Part, There
+from benchmarks.measure import Library, Method
+from hbp.backends._kernels import VARIABLE
+
+Methods = Callable[[dict[str, Any], Library], Iterator[Method]]
+ROUNDS = {True: 2, False: 5}
+"""By whether it is a rehearsal."""
+REHEARSED: dict[str, list[dict[str, Any]]] = {
+    "scan": [
+        {"T": 40, "B": 2, "D": 5},
+        {"T": 40, "B": 2, "D": 5, "dtype": "bfloat16"},
+        {"T": 40, "B": 2, "D": 5, "maps": "identity"},
+    ],
+    "rnn": [{"cell": cell, "T": 20, "B": 2, "H": 4, "weights": 1.0} for cell in recurrent.BOTH],
+    "stack": [{"L": 6, "d": 4, "B": 2}],
+    "blocks": [{"L": 4, "d": 8, "heads": 2, "T": 6}],
+    "memory": [{"cell": "gru", "T": 20, "B": 2, "H": 4, "weights": 1.0}],
+}
+LARGEST = 2**28
+"""Numbers in all states of a recurrent case; of larger ones a float64 reference does not fit beside its gates."""
+LONGEST = 4096
+"""Steps up to which a loop over them in Python is timed."""
+
+
+def rnn_cases() -> list[dict[str, Any]]:
+    """Those that decide first: small batches, then the others, long sequences last."""
+    found = [
+        {"cell": cell, "T": T, "B": B, "H": H, "weights": 1.0}
+        for T, (B, H), cell in product((1024, 4096, 16384), product((1, 4, 16, 64), (512, 64, 1024)), recurrent.BOTH)
+    ]
+    return [case for case in found if case["T"] * case["B"] * case["H"] <= LARGEST]
+
+
+def scan(there: There) -> Iterator[Part]:
+    """The suffix scan: all libraries on a case, kernels on."""
+    from benchmarks import scan as table
+
+    names = passed(there)
+    methods = with_kernels(table.methods, names, lambda method: method.name == "hbp")
+    return _parts(there, "scan", table.GPU_CASES, methods)
+
+
+def rnn(there: There) -> Iterator[Part]:
+    """GRU and LSTM in PyTorch, kernels on and off; JAX's at a few sizes."""
+    small = [case for case in rnn_cases() if case["T"] <= 1024 and case["B"] == 1]
+    methods = with_kernels(_layers, passed(there), lambda method: method.name == "Highway-BP")
+    yield from _parts(there, "rnn", rnn_cases(), methods, ["torch"])
+    yield from _parts(there, "rnn", small, _few_layers, ["jax"])
+
+
+def stack(there: There) -> Iterator[Part]:
+    """Small residual layers."""
+    from benchmarks import stack as table
+
+    def methods(case: dict[str, Any], lib: Library) -> Iterator[Method]:
+        return (m for m in table.methods(case, lib) if m.k in (None, 1, 3, 10) and "fixed" not in m.name)
+
+    return _parts(there, "stack", table.GPU_CASES, methods)
+
+
+def blocks(there: There) -> Iterator[Part]:
+    """Transformer blocks."""
+    from benchmarks import blocks as table
+
+    return _parts(there, "blocks", table.GPU_CASES, table.methods)
+
+
+def memory(there: There) -> Iterator[Part]:
+    """Bytes kept, and the peak."""
+    return _parts(there, "memory", probes.GPU_CASES, None)
+
+
+def _layers(case: dict[str, Any], lib: Library) -> Iterator[Method]:
+    """What is compared with cuDNN; a loop in Python over many steps takes too long to time."""
+    for method in recurrent.methods(case, lib):
+        slow = method.name == "exact adjoint" and case["T"] > LONGEST
+        if "fixed point" not in method.name and not method.yardstick and not slow:
+            yield method
+
+
+def _few_layers(case: dict[str, Any], lib: Library) -> Iterator[Method]:
+    """Fewer, where each has to be compiled."""
+    return (method for method in _layers(case, lib) if method.k in (None, 3))
+
+
+def with_kernels(methods: Methods, names: Sequence[str], chosen: Callable[[Method], bool]) -> Methods:
+    """All methods with the kernels off, and those chosen with these kernels on, of the library's own."""
+
+    def both(case: dict[str, Any], lib: Library) -> Iterator[Method]:
+        own = [name for name in names if name.startswith(lib.name + ".")]
+        for method in methods(case, lib):
+            if method.name != "hbp" or not own:  # without kernels the scan is Hillis-Steele's, a row beside it
+                yield under("off", method)
+        for method in methods(case, lib) if own else ():
+            if chosen(method):
+                yield replace(under(",".join(own), method), name=f"{method.name} (kernels)")
+
+    return both
+
+
+def under(value: str, method: Method) -> Method:
+    """The method as it runs with this value of ``HBP_KERNELS``."""
+
+    def setting(run: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        def call(*args: Any) -> Any:
+            before = os.environ.get(VARIABLE)
+            os.environ[VARIABLE] = value
+            try:
+                return run(*args)  # type: ignore[misc]
+            finally:
+                os.environ.pop(VARIABLE) if before is None else os.environ.update({VARIABLE: before})
+
+        return run and call
+
+    return replace(method, forward=setting(method.forward), backward=setting(method.backward))  # type: ignore[arg-type]
+
+
+def _parts(
+    there: There, table: str, sizes: list[dict[str, Any]], methods: Methods | None, names: Sequence[str] | None = None
+) -> Iterator[Part]:
+    found = [lib for lib in libraries(there) if names is None or lib.name in names]
+    label = "" if names is None else f"{', '.join(names)}: "
+    for case in REHEARSED[table] if there.rehearse else sizes:
+        title = " ".join(f"{name}={value}" for name, value in case.items() if name != "weights")
+        yield Part(label + title, partial(_rows, there, table, case, found, methods))
+
+
+def _rows(
+    there: There, table: str, case: dict[str, Any], found: list[Library], methods: Methods | None
+) -> list[dict[str, Any]]:
+    limits = {lib.name: limits_of(there, lib) for lib in found} if table != "memory" else {}
+    rows = cases.rows_of(table, case, found, limits, ROUNDS[there.rehearse], methods=methods)
+    _free()
+    return [asdict(row) for row in rows]
+
+
+def _free() -> None:
+    """The device's memory, between cases."""
+    import gc
+    import sys
+
+    gc.collect()
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
