@@ -31,9 +31,10 @@ def rows_of(
     methods: Callable[[dict[str, Any], Library], Iterator[Method]] | None = None,
 ) -> list[Row]:
     """The rows of a case, of all the table's methods or of those given."""
+    methods = methods or module_of(table).methods
     if table == "memory":
-        return remembered(case, libraries, advance)
-    return timed(table, case, libraries, limits, rounds, advance, methods or module_of(table).methods)
+        return remembered(case, libraries, advance, methods)
+    return timed(table, case, libraries, limits, rounds, advance, methods)
 
 
 def timed(
@@ -106,14 +107,18 @@ def _share(amount: int, times: list[float] | None, rate: float) -> float | None:
     return None if times is None else amount / rate / (times[0] / 1e3)
 
 
-def remembered(case: dict[str, Any], libraries: Sequence[Library], advance: Callable[[], None]) -> list[Row]:
+def remembered(
+    case: dict[str, Any], libraries: Sequence[Library], advance: Callable[[], None], methods: Any
+) -> list[Row]:
     """A case's rows of memory."""
     rows = []
     for lib in libraries:
+        wanted = {_key(method) for method in methods(case, lib)}
         for index, method in enumerate(memory.methods(case, lib)):
-            row = Row.of("memory", case, method)
+            if _key(method) not in wanted:
+                continue
+            row, here = Row.of("memory", case, method), lib.on_gpu and lib.name == "torch"
             try:
-                here = lib.on_gpu and lib.name == "torch"
                 found = memory.measured_here(method) if here else memory.measured(case, lib.name, index)
                 row.saved_bytes, row.peak_bytes = found
             except RuntimeError as error:
@@ -121,3 +126,7 @@ def remembered(case: dict[str, Any], libraries: Sequence[Library], advance: Call
             rows.append(row)
             advance()
     return rows
+
+
+def _key(method: Method) -> tuple[Any, ...]:
+    return method.name, method.k, method.chunk

@@ -300,7 +300,7 @@ def test_defaults_follow_from_what_was_measured(tmp_path, monkeypatch):
     assert long == Measured("torch.suffix_scan", H200, True, source, {"warps": 8})
     assert (short.place, short.faster, short.settings) == (replace(H200, states=65), False, {})
     assert _measured.TABLE == ()
-    assert eval(defaults.source(rows).split(" = ")[1], {"Measured": Measured, "Place": Place}) == rows  # noqa: S307
+    assert eval(defaults.source(rows).split(" = ")[1], {"Measured": Measured, "Place": Place}) == rows
     assert page.write(tmp_path)[0].read_text().count("Measured(") == 2
     monkeypatch.setattr(_measured, "TABLE", rows)
     assert _measured.settings("torch.suffix_scan", replace(H200, states=30000)) == {"warps": 8}
@@ -336,7 +336,7 @@ def test_a_table_of_measurements_turns_kernels_on(monkeypatch):
     assert found("auto") == [None, None, None]
     assert kernels.state().startswith("plain (unmeasured")
     kernels._loaded.cache_clear()
-    with pytest.raises(ValueError, match="names of torch.suffix_scan, torch.gru_rounds"):
+    with pytest.raises(ValueError, match=r"names of torch\.suffix_scan, torch\.gru_rounds"):
         found("torch.suffix_scam")
 
 

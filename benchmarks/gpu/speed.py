@@ -83,7 +83,7 @@ def blocks(there: There) -> Iterator[Part]:
 
 def memory(there: There) -> Iterator[Part]:
     """Bytes kept, and the peak."""
-    return _parts(there, "memory", probes.GPU_CASES, None)
+    return _parts(there, "memory", probes.GPU_CASES, probes.methods)
 
 
 def _layers(case: dict[str, Any], lib: Library) -> Iterator[Method]:
@@ -131,18 +131,24 @@ def under(value: str, method: Method) -> Method:
     return replace(method, forward=setting(method.forward), backward=setting(method.backward))  # type: ignore[arg-type]
 
 
+def _few(methods: Methods) -> Methods:
+    """Of each kind one: in a rehearsal each is there to be seen working."""
+    return lambda case, lib: (m for m in methods(case, lib) if (m.k, m.chunk or 1) in ((None, 1), (3, 1)))
+
+
 def _parts(
-    there: There, table: str, sizes: list[dict[str, Any]], methods: Methods | None, names: Sequence[str] | None = None
+    there: There, table: str, sizes: list[dict[str, Any]], methods: Methods, names: Sequence[str] | None = None
 ) -> Iterator[Part]:
     found = [lib for lib in libraries(there) if names is None or lib.name in names]
     label = "" if names is None else f"{', '.join(names)}: "
+    methods = _few(methods) if there.rehearse else methods
     for case in REHEARSED[table] if there.rehearse else sizes:
         title = " ".join(f"{name}={value}" for name, value in case.items() if name != "weights")
         yield Part(label + title, partial(_rows, there, table, case, found, methods))
 
 
 def _rows(
-    there: There, table: str, case: dict[str, Any], found: list[Library], methods: Methods | None
+    there: There, table: str, case: dict[str, Any], found: list[Library], methods: Methods
 ) -> list[dict[str, Any]]:
     limits = {lib.name: limits_of(there, lib) for lib in found} if table != "memory" else {}
     rows = cases.rows_of(table, case, found, limits, ROUNDS[there.rehearse], methods=methods)
