@@ -26,6 +26,6 @@ def methods(case: dict[str, Any], lib: Library) -> Iterator[Method]:
 
 def kind(name: str, k: int | None, chunk: int | None) -> str | None:
     """Which of the three that are compared a method belongs to."""
-    if name == "Highway-BP" and k in (1, 3) and chunk == 1:
+    if name in ("Highway-BP", "Highway-BP (kernels)") and k in (1, 3) and chunk == 1:
         return "highway"
     return "exact" if name == "exact adjoint" else "library" if name.startswith("torch.nn") else None

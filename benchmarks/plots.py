@@ -41,7 +41,7 @@ def scan_speed(rows: Rows) -> Any:
         own = [row for row in rows if (row["case"]["B"], row["case"]["D"]) == width]
         for name in dict.fromkeys((row["library"], row["method"]) for row in own):
             points = sorted((r["case"]["T"], r["whole_ms"][0]) for r in own if (r["library"], r["method"]) == name)
-            style = {"linewidth": 2.5} if name[1] == "hbp" else {"linewidth": 1, "linestyle": "--"}
+            style = {"linewidth": 2.5} if name[1].startswith("hbp") else {"linewidth": 1, "linestyle": "--"}
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{name[0]}: {name[1]}", **style)
         _logarithmic(axis, "T", f"diagonal scan, B = {width[0]}, D = {width[1]}")
         axis.set(yscale="log", ylabel="ms")

@@ -15,6 +15,12 @@ def cases_of(rows: Rows) -> Iterator[tuple[dict[str, Any], Rows]]:
         yield members[0]["case"], members
 
 
+def of_parts(results: dict[str, Any]) -> Rows:
+    """All rows that worked, of the parts of a step, each case's together."""
+    rows = [row for part in results.values() for row in part if row["failed"] is None]
+    return sorted(rows, key=lambda row: title(row["case"]))
+
+
 def title(case: dict[str, Any]) -> str:
     shown = {name: value for name, value in case.items() if name not in ("cell", "weights", "setting")}
     extra = f", weights x {case['weights']:g}" if case.get("weights", 1) != 1 else ""

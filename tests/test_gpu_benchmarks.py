@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.gpu import command, correctness, defaults, device, page
 from benchmarks.gpu.record import COMPLETE, Record
-from benchmarks.gpu.steps import STEPS, Step
+from benchmarks.gpu.steps import STEPS, Step, WrongError
 from hbp.backends import _kernels, _measured
 from hbp.backends._measured import Measured, Place
 
@@ -241,6 +241,7 @@ def test_a_kernel_that_fails_is_off(tmp_path):
         "kernels of cupy": {"failed": [], "passed": 9},
         "races in the kernels of cupy": {"errors": 2},
         "kernels of jax": {"failed": [], "passed": 3},
+        **{f"every kernel of {lib} once": "exercised" for lib in ("torch", "cupy", "jax")},
     }
     there.results = lambda step: tests
     assert correctness.passed(there) == ["torch.suffix_scan", "torch.lstm_rounds", "jax.suffix_scan"]
@@ -250,8 +251,31 @@ def test_a_kernel_that_fails_is_off(tmp_path):
     assert correctness.passed(there) == []
     tests["front end of jax, kernels off"]["failed"].append("a")  # not the kernels' fault
     assert correctness.passed(there) == ["jax.suffix_scan"]
-    del tests["kernels of jax"]  # untested
-    assert correctness.passed(there) == []
+    for name in ("kernels of jax", "every kernel of jax once"):  # untested
+        kept = tests.pop(name)
+        assert correctness.passed(there) == []
+        tests[name] = kept
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("exercised 4 calls\n========= ERROR SUMMARY: 0 errors", {"errors": 0}),
+        ("exercised 4 calls\n========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", "2 errors"),
+        ("exercised 4 calls\n========= Error: Device not supported", "memcheck ended with 0"),
+        ("========= ERROR SUMMARY: 0 errors", "memcheck ended with 0"),
+    ],
+)
+def test_what_the_sanitizer_says_is_heard(said, found, tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\nprintf '{said}\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if isinstance(found, dict):
+        assert correctness._sanitized("memcheck", "torch") == found
+    else:
+        with pytest.raises((WrongError, RuntimeError), match=found):
+            correctness._sanitized("memcheck", "torch")
 
 
 H200 = Place("sm_90", "float32", 16385, 4096)

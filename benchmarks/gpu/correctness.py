@@ -23,7 +23,7 @@ from hbp.backends._kernels import NAMES, VARIABLE
 
 FILES = {lib: f"tests/test_{lib}_kernels.py" for lib in ("torch", "cupy", "jax")}
 REHEARSED = {
-    "torch": "test_rounds and (3-float32 or 3-bfloat16) or test_bad_input",
+    "torch": "test_rounds and 3-float32 or test_scan_cut_in_time and 47-float32 or test_bad_input",
     "cupy": "one and float32 or refused",
     "jax": "default_tiles or refused",
 }
@@ -41,10 +41,11 @@ def parts(there: There) -> Iterator[Part]:
     level = "off" if there.rehearse else "all"
     found = available()  # CuPy's kernels have a host for a device in their tests
     usable = [lib for lib in FILES if found[lib] or (there.rehearse and lib == "cupy")]
+    workers = ["-n", "8"] if find_spec("xdist") and not there.rehearse else []
     for lib in usable:
         file = FILES[lib]
         chosen = ["-k", REHEARSED[lib]] if there.rehearse else ["-m", "gpu"]
-        yield Part(f"kernels of {lib}", partial(_pytest, [file, *chosen], level))
+        yield Part(f"kernels of {lib}", partial(_pytest, [*chosen, *workers, file], level))
     for lib in usable:
         only = "CuPy has no arrays without a device" if lib == "cupy" else None
         yield Part(f"every kernel of {lib} once", partial(_exercised, lib), only)
@@ -57,7 +58,7 @@ def parts(there: There) -> Iterator[Part]:
         others.append("--ignore=tests/test_properties.py")
     for level in ("all", "off"):
         for lib in usable:
-            run = partial(_pytest, ["tests", *others, "-m", "gpu", "-k", LIBRARY[lib]], level)
+            run = partial(_pytest, ["tests", *others, *workers, "-m", "gpu", "-k", LIBRARY[lib]], level)
             yield Part(f"front end of {lib}, kernels {level}", run, "the tests marked gpu; others run everywhere")
 
 
@@ -71,7 +72,8 @@ def passed(there: There) -> list[str]:
         on, off = (found.get(f"front end of {lib}, kernels {level}", {"failed": []}) for level in ("all", "off"))
         wrong = [*(own or {}).get("failed", []), *(test for test in on["failed"] if test not in off["failed"])]
         sane = all(found.get(f"{what} in the kernels of {lib}", {}).get("errors", 0) == 0 for what in TOOLS)
-        if own is not None and own["passed"] and sane and not any(_concerns(test, name) for test in wrong):
+        ran = own is not None and own["passed"] and f"every kernel of {lib} once" in found
+        if ran and sane and not any(_concerns(test, name) for test in wrong):
             names.append(name)
     return names
 
@@ -86,8 +88,7 @@ def _pytest(arguments: list[str], level: str) -> dict[str, Any]:
     """The names of the tests that failed, and how many passed and were skipped, also where time was over."""
     if find_spec("pytest") is None:
         raise RuntimeError("pytest is not installed: nothing is tested, and no kernel is measured")
-    workers = ["-n", "8"] if find_spec("xdist") and level != "off" else []
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *workers, *arguments]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *arguments]
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | {VARIABLE: level}, capture_output=True, text=True, timeout=SECONDS

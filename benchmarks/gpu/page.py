@@ -120,16 +120,11 @@ def _search(records: dict[str, Record]) -> Iterator[str]:
         yield _table(("kernel and size", "fastest", "ms", "ms as guessed", "tried"), lines)
 
 
-def rows_of(results: dict[str, Any]) -> tables.Rows:
-    """All rows of a step that worked."""
-    return [row for rows in results.values() for row in rows if row["failed"] is None]
-
-
 def _rows(records: dict[str, Record]) -> Iterator[str]:
     for name in TABLES:
         if name not in records:
             continue
-        rows = sorted(rows_of(records[name].results()), key=lambda row: tables.title(row["case"]))
+        rows = tables.of_parts(records[name].results())
         if rows:
             yield f"## {name}"
             if name == "rnn" and (short := tables.in_short(rows)):

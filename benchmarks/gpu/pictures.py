@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, tables
+from benchmarks.crossover import kind
 
 PANELS = 6
 """Cases that one picture of errors shows at most."""
@@ -15,11 +16,12 @@ def draw(folder: Path, results: dict[str, dict[str, Any]]) -> list[Path]:
     """Those whose step has results; returns the files."""
     made = []
     figures = {
-        "scan": _scan(_rows(results, "scan")),
-        "rnn": _errors(_rows(results, "rnn")),
-        "stack": _errors(_rows(results, "stack")),
-        "blocks": _errors(_rows(results, "blocks")),
-        "memory": plots.memory(rows) if (rows := _rows(results, "memory")) else None,
+        "scan": _scan(tables.of_parts(results.get("scan", {}))),
+        "rnn": _errors(tables.of_parts(results.get("rnn", {}))),
+        "rnn-crossover": _crossover(tables.of_parts(results.get("rnn", {}))),
+        "stack": _errors(tables.of_parts(results.get("stack", {}))),
+        "blocks": _errors(tables.of_parts(results.get("blocks", {}))),
+        "memory": plots.memory(rows) if (rows := tables.of_parts(results.get("memory", {}))) else None,
         "training": _training(results.get("training", {})),
     }
     for name, figure in figures.items():
@@ -31,19 +33,22 @@ def draw(folder: Path, results: dict[str, dict[str, Any]]) -> list[Path]:
     return made
 
 
-def _rows(results: dict[str, dict[str, Any]], step: str) -> tables.Rows:
-    return [row for rows in results.get(step, {}).values() for row in rows if row["failed"] is None]
-
-
 def _scan(rows: tables.Rows) -> Any:
     own = [row for row in rows if row["case"].get("maps") is None and row["case"].get("dtype", "float32") == "float32"]
     return plots.scan_speed(own) if own else None
 
 
 def _errors(rows: tables.Rows) -> Any:
-    """Of the first cases, which decide most."""
-    keep = [case for case, _ in tables.cases_of(rows)][:PANELS]
+    """Of a few cases, from small to large."""
+    cases = [case for case, _ in tables.cases_of(rows)]
+    keep = cases[:: -(-len(cases) // PANELS) or 1]
     return plots.error_against_time([row for row in rows if row["case"] in keep])
+
+
+def _crossover(rows: tables.Rows) -> Any:
+    """Who is fastest where, in PyTorch."""
+    own = [r for r in rows if r["library"] == "torch" and kind(r["method"], r["k"], r["chunk"])]
+    return plots.crossover(own) if own else None
 
 
 def _training(runs: dict[str, Any]) -> Any:

@@ -23,8 +23,9 @@ def interpret() -> None:
 def _torch() -> None:
     from hbp.backends._kernels import CUDA_TORCH
     from hbp.backends.torch.array import TorchBackend, place
+    from hbp.backends.torch.recurrent.adjoint import RecurrentBackend
 
-    plain = TorchBackend.kernel
+    plain, in_place = TorchBackend.kernel, RecurrentBackend.kernel
 
     def kernel(self: Any, name: str, *arrays: Any) -> Callable[..., Any] | None:
         # asked first: it knows which tensors no kernel may see
@@ -32,7 +33,12 @@ def _torch() -> None:
         found = CUDA_TORCH.find(name, partial(place, arrays[0])) if seen else None
         return found or plain(self, name, *arrays)
 
+    def on_a_device(self: Any, name: str, *arrays: Any) -> Callable[..., Any] | None:
+        """A CPU's way to pull a GRU back is none of a device's."""
+        return in_place(self, name, *arrays) if CUDA_TORCH.load() is None else kernel(self, name, *arrays)
+
     TorchBackend.kernel = kernel  # type: ignore[method-assign]
+    RecurrentBackend.kernel = on_a_device  # type: ignore[method-assign]
 
 
 def _jax() -> None:
