@@ -127,7 +127,8 @@ def _tell_once(gauge: Gauge, sizes: Array, count: Any, axes: set[Any]) -> None:
     """Tell the gauge of the sizes of states 0 to ``count``, when the program runs, on the first device of some axes."""
 
     def arrived(sizes: Array, count: Array) -> None:
-        gauge.told([(float(increment), float(solution)) for increment, solution in sizes[: count + 1]])
+        # Lists, since a callback that computes by JAX may wait for the program that waits for it.
+        gauge.told([(increment, solution) for increment, solution in sizes.tolist()[: int(count) + 1]])
 
     def tell() -> None:
         jax.debug.callback(arrived, sizes, count)

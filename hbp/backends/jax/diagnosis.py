@@ -49,7 +49,8 @@ def diagnose(
         those and exact backprop, whose ``iterations`` and ``chunk`` are the setting; ``advice``.
 
     Raises:
-        ValueError: the loss is no finite scalar, counts that are none, or a target that is no number.
+        ValueError: the loss is no finite scalar, counts that are none, a target that is no number, or arrays of which
+            other processes hold a part.
         ImportError, ValueError, OSError: the picture could not be drawn or written.
 
     >>> import hbp.backends.jax as hb
@@ -63,6 +64,8 @@ def diagnose(
     ([4], True)
     """
     settings = Settings(iterations, chunks, target, plot)
+    _check_at_hand("params", params)
+    _check_at_hand("batch", batch)
     value = loss(params, batch, iterations=None, chunk=1)
     if jnp.shape(value) or not jnp.isfinite(value):
         raise ValueError(f"the loss is {value}; a diagnosis needs a finite scalar")
@@ -85,6 +88,14 @@ def diagnose(
 
     # On the host, where comparing gradients compiles nothing.
     return diagnosed(settings, load("numpy").backend, gradient, seconds)
+
+
+def _check_at_hand(name: str, tree: Tree) -> None:
+    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
+        raise ValueError(
+            f"{name} lie on devices of other processes too, each of which would measure other times and recommend "
+            "another setting; diagnose a model that fits into one process, or on fewer layers"
+        )
 
 
 def _reports(loss: Callable[..., Array], params: Tree, batch: Any) -> dict[str, Report]:
