@@ -79,8 +79,11 @@ assert 1 < len(told[0].increments) < L
 np.testing.assert_allclose(told[0].increments, told[-1].increments, rtol=1e-9)
 
 placed = jax.tree.map(lambda leaf: put(leaf, P("i")), params)
+def diagnosed(params, x, **options):
+    return loss(partial(hb.sequential, layer, **options), params, x, scale)
+
 try:
-    hb.diagnose(lambda params, x, **options: loss(partial(hb.sequential, layer, **options), params, x, scale), placed, x)
+    hb.diagnose(diagnosed, placed, x)
 except ValueError as error:
     assert re.search("params lie on devices of other processes too.*one process", str(error)), error
 else:

@@ -15,7 +15,7 @@ def check(path: str | Path) -> None:
         ImportError: there is no matplotlib.
         ValueError, OSError: its ending is unknown, its folder does not exist, or it cannot be written there.
     """
-    path, kinds = Path(path), _figure().canvas.get_supported_filetypes()
+    path, kinds = Path(path), new_figure().canvas.get_supported_filetypes()
     if path.suffix and path.suffix[1:].lower() not in kinds:
         raise ValueError(f"plot={str(path)!r} ends in {path.suffix}; give one of {', '.join(sorted(kinds))}")
     if not path.parent.is_dir():
@@ -26,7 +26,7 @@ def check(path: str | Path) -> None:
 
 def draw(rows: Sequence[Any], target: float, path: str | Path) -> None:
     """Write a picture of a diagnosis' rows: error against k, error by layer, and the increments of the largest k."""
-    figure = _figure()
+    figure = new_figure()
     overall, by_layer, increments = figure.subplots(1, 3)
     for chunk in dict.fromkeys(row.chunk for row in rows):
         own = sorted((row for row in rows if row.chunk == chunk), key=lambda row: row.iterations or 0)
@@ -43,12 +43,13 @@ def draw(rows: Sequence[Any], target: float, path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _figure() -> Any:
+def new_figure(width: float = 13, height: float = 4) -> Any:
+    """An empty figure of some inches, in no window; ImportError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "hbp[demo]"') from error
-    return Figure(figsize=(13, 4), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _logarithmic(axes: Any, x: str, y: str) -> None:

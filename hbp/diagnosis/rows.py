@@ -170,6 +170,22 @@ class Settings:
         return [(None, 1), *((k, chunk) for chunk in self.chunks for k in self.iterations)]
 
 
+def compared(
+    settings: Settings, backend: Any, gradient: Callable[[Solver], tuple[Gradient, Mapping[str, Report]]]
+) -> list[Row]:
+    """The rows of all settings without their times, exact backprop first, printed as they come."""
+    print(HEADER)
+    rows: list[Row] = []
+    wanted: Gradient = {}
+    for k, chunk in settings.pairs:
+        found, reports = gradient(Solver(k, chunk))
+        wanted = wanted or found
+        layers = {name: Agreement.of(list(found[name]), list(arrays), backend) for name, arrays in wanted.items()}
+        rows.append(Row(k, chunk, sum(layers.values(), Agreement()), layers, reports))
+        print(rows[-1])
+    return rows
+
+
 def diagnosed(
     settings: Settings,
     backend: Any,
@@ -184,16 +200,7 @@ def diagnosed(
         gradient: the gradient by a solver and the reports of its passes.
         seconds: the duration of one forward and backward by a solver that `gradient` has seen.
     """
-    print(HEADER)
-    rows: list[Row] = []
-    wanted: Gradient = {}
-    for k, chunk in settings.pairs:
-        found, reports = gradient(Solver(k, chunk))
-        wanted = wanted or found
-        layers = {name: Agreement.of(list(found[name]), list(arrays), backend) for name, arrays in wanted.items()}
-        rows.append(Row(k, chunk, sum(layers.values(), Agreement()), layers, reports))
-        print(rows[-1])
-    exact, *others = _timed(rows, seconds)
+    exact, *others = _timed(compared(settings, backend, gradient), seconds)
     diagnosis = Diagnosis(exact, tuple(others), settings.target)
     print(diagnosis)
     if settings.plot is not None:

@@ -7,6 +7,7 @@ from hbp.backends._surface import COMMON, bound, jit
 from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.diagnosis import diagnose, estimate_damping
 from hbp.backends.torch.options import configure, follow, set_iterations, step
+from hbp.backends.torch.planning import plan
 from hbp.backends.torch.recurrent.gated import scan
 from hbp.backends.torch.recurrent.modules import GRU, LSTM
 from hbp.backends.torch.stack.conversion import convert, revert
@@ -28,6 +29,7 @@ OWN = [
     "diagnose",
     "estimate_damping",
     "follow",
+    "plan",
     "revert",
     "scan",
     "set_iterations",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.options import Scheduled, scheduled
 from hbp.backends.torch.recurrent.modules import GRU, LSTM
 from hbp.backends.torch.stack.conversion import ConvertedForward
+from hbp.backends.torch.stack.graphs import Call
 from hbp.backends.torch.stack.options import Stack
 from hbp.backends.torch.stack.run import recorded
 from hbp.backends.torch.stack.sequential import Sequential
@@ -70,28 +72,9 @@ def diagnose(
     """
     layers = scheduled(model)
     settings = Settings(iterations, chunks, target, plot)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError(f"no parameter of this {type(model).__name__} needs gradients")
-    groups = _grouped(model, parameters)
-
-    def run(solver: Solver, watched: bool) -> tuple[float, list[Tensor]]:
-        for part in layers.values():
-            part.solver, part.reports = solver, [] if watched else None
-        return _gradients(model, loss_fn, batch, list(parameters.values()))
-
-    def gradient(solver: Solver) -> tuple[dict[str, list[Tensor]], dict[str, Report]]:
-        found = dict(zip(parameters, run(solver, watched=True)[1], strict=True))
-        reports = {
-            name: max(p.reports, key=lambda report: report.shares[-1]) for name, p in layers.items() if p.reports
-        }
-        return {group: [found[name] for name in names] for group, names in groups.items()}, reports
-
-    def seconds(solver: Solver) -> float:
-        return run(solver, watched=False)[0]  # watching costs norms
-
-    with _undisturbed(model, layers.values()):
-        return diagnosed(settings, BACKEND, gradient, seconds)
+    steps = Steps.of(model, loss_fn, batch, layers)
+    with undisturbed(model, layers.values()):
+        return diagnosed(settings, BACKEND, steps.gradient, steps.seconds)
 
 
 def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: bool = False) -> list[float]:
@@ -119,20 +102,16 @@ def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: 
     [0.5, 0.5]
     """
     check_count("samples", samples, 1)
-    found = [layers for layers in scheduled(stack).values() if isinstance(layers, Stack)]
-    if len(found) != 1:
-        raise ValueError(f"this {type(stack).__name__} has {len(found)} stacks; give a module with one")
-    (layers,) = found
-    with _undisturbed(stack, [layers]), torch.enable_grad():
-        layers.solver = Solver(0)
-        with recorded() as seen:
-            if isinstance(batch, Mapping):
-                stack(**batch)
-            else:
-                stack(*batch) if isinstance(batch, tuple | list) else stack(batch)
-        calls = [call for owner, call in seen if owner is layers]
-        if not calls:
-            raise ValueError("no layer of the stack ran with gradients; let a parameter or the input need them")
+    layers = one_stack(stack, "give a module with one")
+
+    def run() -> None:
+        if isinstance(batch, Mapping):
+            stack(**batch)
+        else:
+            stack(*batch) if isinstance(batch, tuple | list) else stack(batch)
+
+    with undisturbed(stack, [layers]), torch.enable_grad():
+        calls = calls_of(layers, run)
         first = calls[0].start
         residual = layers.residual_maps(calls, first, damped=False)
         generator = torch.Generator(first.device).manual_seed(0)
@@ -153,24 +132,77 @@ def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: 
     return gammas
 
 
-def _gradients(
-    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: Any, parameters: list[Tensor]
-) -> tuple[float, list[Tensor]]:
-    """The duration of forward and backward, and the parameters' gradients."""
-    with _restored(model), torch.enable_grad():
-        start = time.perf_counter()
-        loss = loss_fn(model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError(f"loss_fn returned a {type(loss).__name__}; give a function of (model, batch) -> scalar")
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()}; a diagnosis needs a finite one")
-        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        float(found[0].sum())  # waits for the device
-        return time.perf_counter() - start, list(found)
+@dataclass(frozen=True)
+class Steps:
+    """Forward and backward passes of a model on one batch, with one solver or another in all of its layers."""
+
+    model: nn.Module
+    loss_fn: Callable[[Any, Any], Tensor]
+    batch: Any
+    layers: Mapping[str, Scheduled]
+    parameters: Mapping[str, Tensor]
+    groups: Mapping[str, Sequence[str]]
+    """The parameters' names by layer."""
+
+    @classmethod
+    def of(cls, model: nn.Module, loss_fn: Any, batch: Any, layers: Mapping[str, Scheduled]) -> Steps:
+        """Of a model with these layers; ValueError where no parameter needs gradients."""
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise ValueError(f"no parameter of this {type(model).__name__} needs gradients")
+        return cls(model, loss_fn, batch, layers, parameters, _grouped(model, parameters))
+
+    def gradient(self, solver: Solver) -> tuple[dict[str, list[Tensor]], dict[str, Report]]:
+        """The gradient by layer, and the reports of the backward passes."""
+        found = dict(zip(self.parameters, self._run(solver, watched=True)[1], strict=True))
+        reports = {
+            name: max(p.reports, key=lambda report: report.shares[-1]) for name, p in self.layers.items() if p.reports
+        }
+        return {group: [found[name] for name in names] for group, names in self.groups.items()}, reports
+
+    def seconds(self, solver: Solver) -> float:
+        """The duration of forward and backward."""
+        return self._run(solver, watched=False)[0]  # watching costs norms
+
+    def _run(self, solver: Solver, watched: bool) -> tuple[float, list[Tensor]]:
+        """The duration of forward and backward, and the parameters' gradients."""
+        for part in self.layers.values():
+            part.solver, part.reports = solver, [] if watched else None
+        with _restored(self.model), torch.enable_grad():
+            start = time.perf_counter()
+            loss = self.loss_fn(self.model, self.batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                kind = type(loss).__name__
+                raise ValueError(f"loss_fn returned a {kind}; give a function of (model, batch) -> scalar")
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss is {loss.item()}; a diagnosis needs a finite one")
+            given = list(self.parameters.values())
+            found = torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)
+            float(found[0].sum())  # waits for the device
+            return time.perf_counter() - start, list(found)
+
+
+def one_stack(model: nn.Module, cure: str) -> Stack:
+    """The stack inside a model; ValueError unless there is one."""
+    found = [layers for layers in scheduled(model).values() if isinstance(layers, Stack)]
+    if len(found) != 1:
+        raise ValueError(f"this {type(model).__name__} has {len(found)} stacks; {cure}")
+    return found[0]
+
+
+def calls_of(layers: Stack, run: Callable[[], Any]) -> list[Call]:
+    """The calls of a stack's layers while something runs, each with its graph; ValueError where there are none."""
+    layers.solver = Solver(0)
+    with recorded() as seen:
+        run()
+    calls = [call for owner, call in seen if owner is layers]
+    if not calls:
+        raise ValueError("no layer of the stack ran with gradients; let a parameter or the input need them")
+    return calls
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, layers: Iterable[Scheduled]) -> Iterator[None]:
+def undisturbed(model: nn.Module, layers: Iterable[Scheduled]) -> Iterator[None]:
     """Put the options of layers, the random state and the model's buffers back at the end."""
     names = ("solver", "reports", "verdict")
     before = [(part, {name: getattr(part, name) for name in names if hasattr(part, name)}) for part in layers]
