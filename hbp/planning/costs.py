@@ -77,7 +77,7 @@ class Link:
         return self.latency + size / self.bandwidth
 
     def exchange(self, size: float, devices: int) -> float:
-        """A suffix scan over the devices: by an all-gather or two all-to-alls; Hillis-Steele is never faster than both."""
+        """A suffix scan over the devices: by an all-gather or two all-to-alls; Hillis-Steele beats neither."""
         if devices == 1:
             return 0.0
         latency, state = self.latency, size / self.bandwidth
@@ -114,12 +114,10 @@ class Step:
     def one_f_one_b(self) -> float:
         """1F1B: GPipe's time, and further hops that nothing hides, as only P microbatches are under way.
 
-        (P+M-1)/M (F+Bi+Bw) + 2(P-2 + ceil(M(P-1)/P)) lambda; infinite for M < P, which PyTorch's refuses.
+        (P+M-1)/M (F+Bi+Bw) + 2(P-1 + (M-2) - floor((M-2)/P)) lambda; infinite for M < P, which PyTorch's refuses.
         """
         P, M = self.stages, self.microbatches
-        if M < P:
-            return math.inf
-        return self.gpipe() + 2 * max(0, math.ceil(M * (P - 1) / P) - 1) * self._hop
+        return math.inf if M < P else self.gpipe() + 2 * (M - 2 - (M - 2) // P) * self._hop
 
     def put_off(self) -> float:
         """GPipe whose weight gradients wait for the end: (P+M-1)/M (F+Bi) + Bw + 2(P-1) lambda."""

@@ -98,8 +98,8 @@ class Row:
 
     def __str__(self) -> str:
         fastest = self.best_k if self.gain > 1 else self.best_exact
-        times: dict[str | int, float] = {**self.exact, **self.highway}
-        shown = (_column(f"{time:.4g}{'*' if name == fastest else ' '}", time) for name, time in times.items())
+        times: list[tuple[str | int, float]] = [*self.exact.items(), *self.highway.items()]
+        shown = (_column(f"{time:.4g}{'*' if name == fastest else ' '}", time) for name, time in times)
         return f"{self.stages:>4} {self.microbatches:>5}" + "".join(shown)
 
 
