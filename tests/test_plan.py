@@ -118,6 +118,11 @@ def test_zero_bubble_is_torchs_action_list_replayed(pieces, rng):
     assert Step(H1, FREE, 4, 8).zero_bubble() == pytest.approx(1.5 + 2 + 1 + 3 * (1.5 + 2 - 1) / 8)  # 2401.10241
 
 
+def test_one_stage_is_one_process():
+    step = Step(Costs(2, 3, 1, state_bytes=10), Link(1, 5), 1, 4)
+    assert {step.gpipe(), step.one_f_one_b(), step.put_off(), step.zero_bubble(), step.highway(0)} == {6}
+
+
 def test_our_list_of_1f1b_is_torchs():
     schedules: Any = pytest.importorskip("torch.distributed.pipelining.schedules")
     for P, M in ((2, 2), (4, 4), (4, 8), (3, 7)):

@@ -127,18 +127,16 @@ class Step:
     def zero_bubble(self) -> float:
         """Zero bubble, the best exact schedule here (Qi et al., 2401.10241; PyTorch's ScheduleInterleavedZeroBubble).
 
-        The longest of: a device's work with what cannot be filled at its ends; the way of all microbatches through all
-        v P pieces and back; and that way with the first piece's weight gradients behind each pullback. With v = 1 and
-        M >= P that is ZB-H1, F+Bi+Bw + (P-1)(F+Bi-Bw)/M. Exact where Bw is at most F and Bi; where it is more, and of
-        the hops, the least it can take.
+        The longer of a device's work with what cannot be filled before and behind it, and of the way of all
+        microbatches through all v P pieces and back. With v = 1 and M >= P that is ZB-H1, F+Bi+Bw + (P-1)(F+Bi-Bw)/M.
+        Exact where Bw is at most F and Bi; where it is more, and with hops, the least it can take.
         """
         c, P, M = self.costs, self.stages, self.microbatches
         v = c.pieces if P > 1 else 1
         f, b, w = (cost / (v * M) for cost in (c.forward, c.pull, c.weights))
         work = v * M * (f + b + w) + (P - 1) * (f + b) + (v - 1) * max(P - M, 0) * f - (min(M, P) - 1) * min(f, b, w)
         way = (v * P + M - 1) * (f + b) + w
-        drained = v * P * f + (v * P + M - 1) * b + M * w
-        return c.outside + max(work + 2 * (P - 1) * self._hop, max(way, drained) + 2 * (v * P - 1) * self._hop)
+        return c.outside + max(work + 2 * (P - 1) * self._hop, way + 2 * (v * P - 1) * self._hop)
 
     def highway(self, iterations: int) -> float:
         """Highway-BP, one stage a block: (P+M-1)/M F + (P-1) lambda + (k+1)(Bi+C) + Bw; the graph is kept."""
