@@ -140,10 +140,10 @@ def _plan(options: argparse.Namespace) -> int:
     except (ValueError, ImportError, OSError) as error:
         raise _InputError(str(error)) from error
     plan = Plan(settings, dict.fromkeys(settings.stages, costs))
-    print(plan)
     if options.plot is not None:
         plan.plot(options.plot)
         print(f"wrote {options.plot}")
+    print(plan)
     return 0
 
 

@@ -183,7 +183,7 @@ def _advised(rows: list[Row]) -> tuple[str, str]:
     if not any(row.within for row in rows):
         return f"use {exact}: no k tried is within the target error", ""
     if not pays:
-        return f"use {exact}: no k is faster", ""
+        return f"use {exact}: no k is worth its error", ""
     use = f"use Highway-BP with k = {pays[0].best_k}"
     if len(pays) == len(rows):
         return use, ""
