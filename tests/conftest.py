@@ -136,3 +136,33 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20260101)
+
+
+@pytest.fixture(scope="session")
+def _pools() -> Iterator[list[Any]]:
+    pools: list[Any] = []
+    yield pools
+    for pool in pools:
+        pool.close()
+
+
+@pytest.fixture
+def ranks(_pools: list[Any]) -> Iterator[Any]:
+    """Four ranks of `torch.distributed`, the same processes for the whole session while no test breaks them."""
+    from ranks import Pool, RanksError
+
+    if not _pools:
+        _pools.append(Pool(4))
+    pool, failed = _pools[0], []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return pool(*args, **kwargs)
+        except RanksError:
+            failed.append(True)
+            raise
+
+    run.pool = pool  # type: ignore[attr-defined]
+    yield run
+    if failed:  # ranks may wait for one another: the next test gets others
+        _pools.pop().close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from hbp.backends._surface import *
 from hbp.backends._surface import COMMON, bound, jit
 from hbp.backends.torch.array import TorchBackend
+from hbp.backends.torch.depth.exchange import AllGather, HillisSteele, Transpose
+from hbp.backends.torch.depth.parallel import DepthParallel
 from hbp.backends.torch.diagnosis import diagnose, estimate_damping
 from hbp.backends.torch.options import configure, follow, set_iterations, step
 from hbp.backends.torch.planning import plan
@@ -20,10 +22,14 @@ linearize, linearize_layers, backprop, highway, iterates, report, propagate, vjp
 OWN = [
     "GRU",
     "LSTM",
+    "AllGather",
+    "DepthParallel",
     "Downsampled",
+    "HillisSteele",
     "PostNorm",
     "Residual",
     "Sequential",
+    "Transpose",
     "configure",
     "convert",
     "diagnose",

@@ -15,21 +15,21 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from hbp.backends.torch.autograd import SWAPPING, Swap, foreign_leaf, nodes, opaque, tensors
 from hbp.backends.torch.hooks import cause, leaf_of, no_backward_hooks, watched
+from hbp.backends.torch.stack.calling import depending, needs_gradient, next_state, run_layer
 from hbp.backends.torch.stack.graphs import Call, Modes, edge, pull_back, summed, version
 from hbp.backends.torch.stack.nodes import Entry, Link
 from hbp.backends.torch.stack.options import Stack
 from hbp.core.adjoint import highway
 from hbp.core.backend import dtype_name
 from hbp.core.chain import LayerChain
-from hbp.core.operator import Identity
-from hbp.core.pullbacks import check_same
+from hbp.core.operator import Identity, LinearOperator
 from hbp.core.solver import Solver
 
 IDENTITY = Identity()
@@ -111,9 +111,11 @@ class Run:
     calls: dict[int, tuple[Call, tuple[Tensor | None, ...]]] = field(default_factory=dict)
     """The calls that the backward pass ``task`` has reached, with their ends' cotangents, left for the entry."""
     task: int = -1
+    leaf: Any = None
+    """The leaf that the last call's graph starts from."""
 
     @classmethod
-    def begin(cls, stack: Stack, outside: list[Tensor]) -> Run:
+    def begin(cls, stack: Any, outside: list[Tensor]) -> Self:
         """A run whose first layer takes these tensors that need gradients."""
         given = tuple({id(tensor): tensor for tensor in (*outside, *stack.trainable())}.values())
         leaves = {id(tensor): leaf_of(tensor) for tensor in given}
@@ -130,17 +132,17 @@ class Run:
         prefix = "" if target is layer else "layer."
         named = layer.named_parameters(remove_duplicate=False)
         own = {prefix + parameter: self.leaves.get(id(p), p) for parameter, p in named}
-        swap, start = Swap(self.leaves), leaf_of(x)
+        swap, start = Swap(self.leaves), self.start(x)
         arguments = swap(args), {key: swap(value) for key, value in kwargs.items()}
         with no_backward_hooks(name, target, layer):
-            output = _run(name, target, own, start, *arguments)
+            output = run_layer(name, target, own, start, *arguments)
         swap.check_unwritten(name)
         outputs = output if isinstance(output, tuple) else (output,)
-        y = _next_state(name, output, x)
+        y = next_state(name, output, x)
         handed: list[Any] = [self.originals.get(id(out), out) for out in outputs]  # an argument handed on
-        places = [i for i, out in enumerate(handed) if i == 0 or (out is outputs[i] and _needs_gradient(out))]
-        results = (_depending(y, start), *(outputs[i] for i in places[1:]))
-        self._check_leaves(name, results, start)
+        places = [i for i, out in enumerate(handed) if i == 0 or (out is outputs[i] and needs_gradient(out))]
+        results = (depending(y, start), *(outputs[i] for i in places[1:]))
+        self._check_leaves(name, results)
         declared = layer.residual_map(start.detach(), y.detach()) if hasattr(layer, "residual_map") else IDENTITY
         ends, state = tuple(map(edge, results)), y.detach()
         call = Call(
@@ -152,8 +154,13 @@ class Run:
             return handed[0]
         return type(output)(*handed) if hasattr(output, "_fields") else tuple(handed)
 
-    def _check_leaves(self, name: str, results: tuple[Tensor, ...], start: Tensor) -> None:
-        foreign = foreign_leaf(results, start, self.originals)
+    def start(self, x: Tensor) -> Tensor:
+        """What the next call starts from, with the values of x."""
+        self.leaf = leaf_of(x)
+        return self.leaf
+
+    def _check_leaves(self, name: str, results: tuple[Tensor, ...]) -> None:
+        foreign = foreign_leaf(results, self.leaf, self.originals)
         if foreign is not None:
             raise RuntimeError(
                 f"{name} reads a tensor of shape {tuple(foreign.shape)} that needs gradients and is neither its "
@@ -184,63 +191,38 @@ class Run:
     def gradients(self) -> tuple[Tensor, list[Tensor | None]]:
         """The gradients of the first state and of the originals, from the cotangents that the links left."""
         reached = [self.calls.pop(i) for i in sorted(self.calls)]
-        calls = [call for call, _ in reached]
-        first, leaves = calls[0].start, list(self.leaves.values())
-        arrived = [cotangents[0] for _, cotangents in reached]
+        calls, leaves = [call for call, _ in reached], list(self.leaves.values())
+        stages = self.stages(calls)
+        first, closing = calls[0].start, {id(stage[-1]) for stage in stages}
+        arrived = [came[0] for call, came in reached if id(call) in closing]
         *entering, last = (torch.zeros_like(first) if c is None else c for c in (None, *arrived))
-        others = [pair for call, came in reached for pair in zip(call.ends[1:], came[1:], strict=True)]
-        others = [(end, cotangent) for end, cotangent in others if cotangent is not None]
-        if others:  # further results of layers were used: cotangents of their states and leaves, known beforehand
+        others = [
+            (end, cotangent)
+            for call, came in reached
+            for i, (end, cotangent) in enumerate(zip(call.ends, came, strict=True))
+            if cotangent is not None and (i or id(call) not in closing)
+        ]
+        if others:  # results inside stages were used: cotangents of their states and leaves, known beforehand
             ends, cotangents = zip(*others, strict=True)
-            pulled = pull_back(ends, [*(call.start for call in calls), *leaves], cotangents)
+            pulled = pull_back(ends, [*(stage[0].start for stage in stages), *leaves], cotangents)
             entering = [c if more is None else c + more for c, more in zip(entering, pulled, strict=False)]
         sources = torch.stack(entering) if others or any(c is not None for c in arrived[:-1]) else None
-        graphs = self.stack.pullbacks(calls, leaves)
-        residual = self.stack.residual_maps(calls, first)
+        graphs, residual = self.linearized(calls, leaves)
         chain = LayerChain(graphs, residual, (tuple(first.shape), dtype_name(first)))
-        g = highway(chain, last, sources=sources, solver=self.solver, backend=self.stack.backend)
+        g = highway(chain, last, sources=sources, **self.solved())
         found = graphs.gradients(g[1:], leaves)
         if others:
-            found = [summed(a, b) for a, b in zip(found, pulled[len(calls) :], strict=True)]
+            found = [summed(a, b) for a, b in zip(found, pulled[len(stages) :], strict=True)]
         return g[0], found
 
+    def solved(self) -> dict[str, Any]:
+        """How the adjoint equation is solved, as `highway` takes it."""
+        return {"solver": self.solver, "backend": self.stack.backend}
 
-def _run(name: str, target: nn.Module, own: dict[str, Tensor], start: Tensor, args: Any, kwargs: Any) -> Any:
-    """Call a layer on the leaf ``start``, with a graph."""
-    try:
-        with torch.enable_grad():
-            return torch.func.functional_call(target, own, (start, *args), kwargs)
-    except RuntimeError as error:
-        if "leaf Variable that requires grad" not in str(error):
-            raise
-        raise RuntimeError(
-            f"{name} writes into its input, as nn.ReLU(inplace=True) does; use inplace=False, or set iterations=None"
-        ) from error
+    def stages(self, calls: list[Call]) -> list[list[Call]]:
+        """These calls, those of one graph together."""
+        return [[call] for call in calls]
 
-
-def _next_state(name: str, output: Any, x: Tensor) -> Tensor:
-    """The state among a layer's results, checked to be like x."""
-    y = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(y, Tensor):
-        raise TypeError(
-            f"{name} returned a {type(output).__name__}; expected a tensor, or a tuple whose first entry is one"
-        )
-    try:
-        return check_same(f"the output of {name}", y, x)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; the layers of a stack keep their state's shape: of a model in stages convert one, stacks="
-            '"..." with the name of its list'
-        ) from None
-
-
-def _depending(y: Tensor, start: Tensor) -> Tensor:
-    """y; one that depends on nothing, not even the state, with a graph of zero derivatives."""
-    if y.requires_grad:
-        return y
-    with torch.enable_grad():
-        return torch.where(torch.zeros_like(start, dtype=torch.bool), start, y)
-
-
-def _needs_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+    def linearized(self, calls: list[Call], leaves: list[Tensor]) -> tuple[Any, LinearOperator]:
+        """The pullbacks of these calls' stages, and their residual maps."""
+        return self.stack.pullbacks(calls, leaves), self.stack.residual_maps(calls, calls[0].start)

@@ -1,0 +1,1 @@
+"""Stacks whose layers stand on several ranks of `torch.distributed`."""

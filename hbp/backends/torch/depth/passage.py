@@ -1,0 +1,216 @@
+"""One forward pass through a stack over several ranks, from rank to rank, and what its backward pass does.
+
+With Highway-BP a rank's layers make a `Run` whose adjoint equation all ranks solve together. With exact backprop they
+stay in torch's own graph between two nodes, `Enter` and `Leave`, at which the ranks take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hbp.backends.torch.autograd import SWAPPING, Swap, opaque, refuse_second_derivatives, refuse_transforms, tensors
+from hbp.backends.torch.depth.backend import RankBackend
+from hbp.backends.torch.depth.exchange import LOCAL
+from hbp.backends.torch.depth.ranks import Ranks
+from hbp.backends.torch.stack.graphs import Call, LayerGraphs
+from hbp.backends.torch.stack.nodes import Entry
+from hbp.backends.torch.stack.run import Run
+from hbp.core.chain import Composed
+from hbp.core.operator import LinearOperator
+
+
+@dataclass(frozen=True, eq=False)
+class Agreed:
+    """What all ranks know of one forward pass."""
+
+    ranks: Ranks
+    number: int
+    """Of the pass, counted from 1."""
+    stages: int
+    """Of all ranks together."""
+    tracked: bool
+    """Whether there will be a backward pass."""
+    exact: bool
+    input_needed: bool
+    """Whether the first state's gradient is wanted, on whichever rank."""
+
+    def opened(self) -> None:
+        """Begin the backward pass of a call, all at once."""
+        self.ranks.agree("the backward pass", {"the call": self.number})
+
+    def shared(self, dx: Tensor, others: list[Tensor]) -> list[Tensor | None]:
+        """The first rank's gradient of the first state, and the sums of the others', on all ranks."""
+        first = self.ranks.spread(dx, 0) if self.input_needed else None
+        return [first, *(self.ranks.summed(other) for other in others)]
+
+
+class Enter(torch.autograd.Function):
+    """A rank's x and what all layers share -> the state that its first layer takes, and the shared tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, agreed: Agreed, state: Tensor, _: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+        ctx.agreed = agreed
+        return (state.detach(), *(tensor.view_as(tensor) for tensor in shared))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        dx, *others = cotangents
+        if not ctx.agreed.ranks.first:
+            ctx.agreed.ranks.hand(dx, ctx.agreed.ranks.here - 1)
+        return (None, None, *ctx.agreed.shared(dx, others))
+
+
+class Leave(torch.autograd.Function):
+    """A rank's last state -> the whole stack's, whose cotangent counts on the last rank."""
+
+    @staticmethod
+    def forward(ctx: Any, agreed: Agreed, final: Tensor, y: Tensor) -> Tensor:
+        ctx.agreed = agreed
+        return y.detach() if agreed.ranks.last else final
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None, Tensor | None]:
+        refuse_second_derivatives("one process", cotangent)
+        agreed = ctx.agreed
+        agreed.opened()
+        if agreed.ranks.last:
+            return None, None, cotangent
+        return None, None, agreed.ranks.take(cotangent, agreed.ranks.here + 1) if agreed.exact else None
+
+
+@dataclass(eq=False)
+class DepthRun(Run):
+    """A run of one rank's layers: each stage of layers is one graph, and the equation is that of all ranks' stages."""
+
+    agreed: Any = None
+    inner: Any = None
+    """The last call's result, in its stage's graph."""
+
+    def start(self, x: Tensor) -> Tensor:
+        return self.inner if len(self.layers) % self.solver.chunk else super().start(x)
+
+    def _tied(self, call: Call, results: tuple[Tensor, ...], carrier: Tensor) -> tuple[Tensor, ...]:
+        self.inner = results[0]
+        return super()._tied(call, results, carrier)
+
+    def stages(self, calls: list[Call]) -> list[list[Call]]:
+        if len(calls) != len(self.layers):
+            raise RuntimeError("a loss takes states of the stack and not its last one; use that one too, on every rank")
+        size = self.solver.chunk
+        return [calls[i : i + size] for i in range(0, len(calls), size)]
+
+    def linearized(self, calls: list[Call], leaves: list[Tensor]) -> tuple[Any, LinearOperator]:
+        stages, first = self.stages(calls), calls[0].start
+        graphs = LayerGraphs([stage[0].start for stage in stages], [stage[-1].ends[0] for stage in stages])
+        size = min(self.solver.chunk, len(calls))
+        maps = Composed(self.stack.residual_maps(calls, first), len(calls), size, size)
+        return graphs, maps.bind(len(stages), first, LOCAL)
+
+    def solved(self) -> Any:
+        piece: Any = self.stack
+        backend = RankBackend(self.agreed.ranks, self.agreed.stages, piece.exchange)
+        return {"solver": replace(self.solver, chunk=1), "backend": backend}
+
+    def gradients(self) -> tuple[Any, list[Tensor | None]]:
+        dx, found = super().gradients()
+        shared = len(self.leaves) - len(self.stack.trainable())
+        others = [torch.zeros_like(leaf) for leaf in list(self.leaves.values())[:shared]]
+        others = [zero if d is None else d for d, zero in zip(found, others, strict=False)]
+        dx, *others = self.agreed.shared(dx, others)
+        return dx, [*others, *found[shared:]]
+
+
+@dataclass(eq=False)
+class Passage:
+    """A forward pass through this rank's layers, which are called one by one in their order."""
+
+    piece: Any
+    agreed: Agreed
+    state: Any
+    """What the next layer takes."""
+    seed: int | None
+    """What this pass's random numbers start from, in training."""
+    run: DepthRun | None = None
+    swap: Swap = field(default_factory=lambda: Swap({}))
+    called: int = 0
+
+    @classmethod
+    @opaque
+    def enter(cls, piece: Any, x: Tensor, args: Any, kwargs: Any) -> Passage:
+        """Agree with the other ranks, and take the state from the one before; collective.
+
+        Raises:
+            ValueError: the ranks' settings or states differ, on all ranks.
+        """
+        outside = [tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad]
+        agreed = piece.agreed(x, outside)
+        ranks, seed = agreed.ranks, int(torch.randint(2**62, ())) if piece.training else None
+        state = x.detach() if ranks.first else ranks.take(x, ranks.here - 1)
+        if not agreed.tracked:
+            return cls(piece, agreed, state, seed)
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        if agreed.exact:
+            state, *shared = Enter.apply(agreed, state, x, *outside)
+            swap = Swap({id(old): new for old, new in zip(outside, shared, strict=True)})
+            return cls(piece, agreed, state, seed, swap=swap)
+        refuse_transforms()
+        run = DepthRun.begin(piece, outside)
+        run.agreed, passage = agreed, cls(piece, agreed, state, seed, run)
+        passage.carrier = Entry.apply(run, x, *run.originals.values())
+        return passage
+
+    carrier: Any = None
+    """The outer tensor that the next call hangs on, in a run."""
+
+    @opaque
+    def call(self, layer: nn.Module, target: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Call one layer, or ``target`` that has it inside, on the present state."""
+        with self._random(), SWAPPING:
+            if self.run is None:
+                result = target(self.state, *self.swap(args), **self.swap_named(kwargs))
+            else:
+                if not self.run.knows([t for t in tensors((args, kwargs)) if t.requires_grad]):
+                    raise RuntimeError(
+                        f"a {type(layer).__name__} takes a tensor that needs gradients and was not given to the "
+                        "stack's first layer; give it to all layers"
+                    )
+                result = self.run.call(layer, target, self.state, self.carrier, args, kwargs)
+        self.called += 1
+        self.state = self.carrier = result[0] if isinstance(result, tuple) else result
+        return result
+
+    def swap_named(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {name: self.swap(value) for name, value in kwargs.items()}
+
+    @opaque
+    def leave(self) -> Tensor:
+        """Hand the state on, and return the stack's last one; collective."""
+        y, ranks = self.state, self.agreed.ranks
+        self.state = self.carrier = None
+        if self.run is not None:
+            self.run.inner = None
+        if not ranks.last:
+            ranks.hand(y.detach(), ranks.here + 1)
+        if not self.piece.last_only:
+            final = ranks.spread(y.detach(), ranks.count - 1)
+        else:
+            final = y.detach() if ranks.last else y.new_zeros(()).expand(y.shape)
+        return Leave.apply(self.agreed, final, y) if self.agreed.tracked else final
+
+    @contextmanager
+    def _random(self) -> Iterator[None]:
+        """Random numbers that are this layer's own, on whichever rank it stands; those outside are left as they are."""
+        if self.seed is None:
+            yield
+            return
+        device = self.state.device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            torch.manual_seed(self.seed + self.piece.numbers[self.called])
+            yield
