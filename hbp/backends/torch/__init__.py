@@ -6,6 +6,7 @@ from hbp.backends._surface import *
 from hbp.backends._surface import COMMON, bound, jit
 from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.depth.exchange import AllGather, HillisSteele, Transpose
+from hbp.backends.torch.depth.gradients import clip_grad_norm_
 from hbp.backends.torch.depth.parallel import DepthParallel
 from hbp.backends.torch.diagnosis import diagnose, estimate_damping
 from hbp.backends.torch.options import configure, follow, set_iterations, step
@@ -30,6 +31,7 @@ OWN = [
     "Residual",
     "Sequential",
     "Transpose",
+    "clip_grad_norm_",
     "configure",
     "convert",
     "diagnose",

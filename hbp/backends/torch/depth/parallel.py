@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hbp.backends.torch.depth.exchange import Exchange
 from hbp.backends.torch.depth.passage import Passage
 from hbp.backends.torch.depth.piece import Piece
+from hbp.backends.torch.depth.ranks import Ranks
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
@@ -77,7 +78,7 @@ class DepthParallel(Piece, nn.Module):
             if not isinstance(layer, nn.Module):
                 raise TypeError(f"layer {i} is a {type(layer).__name__}; give torch.nn.Modules, as hbp's Residual")
         self._own = own_layers
-        self.settle(mesh, exchange, last_only)
+        self.settle(Ranks(mesh), exchange, last_only)
         self._own = ()
         for number, layer in zip(self.numbers, own_layers, strict=True):
             self.add_module(str(number), layer)

@@ -135,7 +135,8 @@ def _disagreement(told: Sequence[tuple[str, Mapping[str, str], str]]) -> str:
     names = dict.fromkeys(name for _, facts, _ in told for name in facts)
     values = {name: [facts.get(name, "nothing") for _, facts, _ in told] for name in names}
     differing = [f"{name} is {_by_rank(found)}" for name, found in values.items() if len(set(found)) > 1]
-    return f"the ranks disagree on {calls[0]}: {'; '.join(differing)}; give all ranks the same"
+    more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+    return f"the ranks disagree on {calls[0]}: {'; '.join(differing[:3])}{more}; give all ranks the same"
 
 
 def _by_rank(values: Sequence[str]) -> str:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from hbp.backends.torch.stack.finding import largest, named
+from hbp.backends.torch.depth.conversion import SpreadStack
+from hbp.backends.torch.depth.exchange import Exchange
+from hbp.backends.torch.depth.ranks import Ranks
+from hbp.backends.torch.stack.finding import Row, largest, named
 from hbp.backends.torch.stack.options import Stack
 from hbp.backends.torch.stack.run import call_layer
 from hbp.core.operator import LinearOperator
@@ -25,13 +29,15 @@ def convert(
     model: Model,
     iterations: int | Schedule | None = None,
     *,
-    chunk: int = 1,
+    chunk: int | None = None,
     residual: LinearOperator | None = None,
     damping: float | Sequence[float] = 0,
     tolerance: float | None = None,
     solver: Solver | None = None,
     stacked: bool | None = None,
     stacks: str | Sequence[str] | None = None,
+    mesh: Any = None,
+    exchange: Exchange | None = None,
 ) -> Model:
     """Give the stack of layers inside a model a backward pass by Highway-BP, in place.
 
@@ -52,6 +58,11 @@ def convert(
         iterations, chunk, residual, damping, tolerance, solver, stacked: as for `Sequential`.
         stacks: the name or names of the lists to convert, whole, as ``"encoder.layers"``. Otherwise that row of
             entries of one class that has most parameters; of a model in stages of several widths, the longest row.
+        mesh, exchange: as for `DepthParallel`; every rank gives the same model with the same weights (and makes its
+            optimizer after this call). Each keeps its share of the layers; the parameters of the others are on the
+            meta device then and in no `state_dict`, and calls of them return shapes without numbers, up to the last
+            layer's, which returns the stack's last state. The whole piece of a rank is one stage unless chunk is given;
+            residual and damping are those of all layers.
 
     Returns:
         The model.
@@ -66,8 +77,13 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
-    how = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance)
+    how = Solver.of(solver, iterations=iterations, chunk=1 if chunk is None else chunk, tolerance=tolerance)
     chosen = named(model, stacks) if stacks is not None else [largest(model)]
+    if mesh is not None:
+        whole = chunk is None and solver is None
+        return _spread(model, chosen, how, Ranks(mesh), exchange, residual, damping, whole)
+    if exchange is not None:
+        raise ValueError(f"exchange={exchange} is given without a mesh; give mesh= too")
     converted = []
     for name, layers in chosen:
         options = ConvertedStack(tuple(dict.fromkeys(layers)))
@@ -96,8 +112,36 @@ def revert(model: Model) -> Model:
     found = [part for part in model.modules() if _is_converted(part)]
     if not found:
         raise ValueError(f"nothing in this {type(model).__name__} is converted")
+    if any(isinstance(layer.forward, SpreadForward) for layer in found):
+        raise ValueError("a model spread over several ranks cannot be reverted: no rank has all of its layers")
     for layer in found:
         del layer.forward
+    return model
+
+
+def _spread(
+    model: Model, chosen: list[Row], how: Solver, ranks: Ranks, exchange: Any, residual: Any, damping: Any, whole: bool
+) -> Model:
+    """`convert` over several ranks; collective."""
+    if len(chosen) > 1:
+        raise ValueError(f"stacks names {len(chosen)} lists; over several ranks one stack is converted")
+    ((name, layers),) = chosen
+    for i, layer in enumerate(layers):
+        _check_layer(f"{name}[{i}]" if name else f"entry {i}", layer)
+    stack = SpreadStack(layers, ranks)
+    stack.settle(ranks, exchange, last_only=False)
+    stack.check(model)
+    ConvertedStack(tuple(layers)).configure(how, residual, damping)
+    own = slice(stack.own.start, stack.own.stop)
+    if isinstance(damping, list | tuple):
+        damping = damping[own]
+    if residual is not None and residual.length is not None:
+        residual = residual[own]
+    stack.configure(replace(how, chunk=len(stack.own)) if whole else how, residual, damping)
+    stack.let_go(model)
+    for i, layer in enumerate(layers):
+        layer.forward = SpreadForward(stack, layer, i)
+    LOG.info("hbp.convert: layers %d to %d of %d on this rank", own.start, own.stop - 1, len(layers))
     return model
 
 
@@ -114,7 +158,7 @@ class ConvertedStack(Stack):
 class ConvertedForward:
     """A converted layer's ``forward``: within a run where gradients are needed, else that of the layer's class."""
 
-    def __init__(self, stack: ConvertedStack, layer: nn.Module) -> None:
+    def __init__(self, stack: Any, layer: nn.Module) -> None:
         self.stack = stack
         self.layer = layer
 
@@ -126,17 +170,37 @@ class ConvertedForward:
         layer = self.layer
         if not self.stack.tracks(args, kwargs):
             return type(layer).forward(layer, *args, **kwargs)
+        x, args = self._state(args, kwargs)
+        return call_layer(self.stack, layer, _OwnForward(layer), x, args, kwargs)
+
+    def _state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+        """The state among a call's arguments, and the others given by their place."""
+        layer = self.layer
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             raise RuntimeError(
                 "gradient checkpointing is on in a converted layer; turn it off, as by "
                 "model.gradient_checkpointing_disable(), or call hbp.backends.torch.revert(model)"
             )
-        if not args:  # the state was given by name
-            name = next(iter(self.__signature__.parameters))
-            if name not in kwargs:
-                raise TypeError(f"a {type(layer).__name__} was called without its state, {name}")
-            args = (kwargs.pop(name),)
-        return call_layer(self.stack, layer, _OwnForward(layer), args[0], args[1:], kwargs)
+        if args:
+            return args[0], args[1:]
+        name = next(iter(self.__signature__.parameters))
+        if name not in kwargs:
+            raise TypeError(f"a {type(layer).__name__} was called without its state, {name}")
+        return kwargs.pop(name), ()
+
+
+class SpreadForward(ConvertedForward):
+    """The ``forward`` of a layer of a stack over several ranks."""
+
+    stack: SpreadStack
+
+    def __init__(self, stack: SpreadStack, layer: nn.Module, number: int) -> None:
+        super().__init__(stack, layer)
+        self.number = number
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x, args = self._state(args, kwargs)
+        return self.stack.call(self.number, self.layer, _OwnForward(self.layer), x, args, kwargs)
 
 
 class _OwnForward(nn.Module):
