@@ -50,7 +50,7 @@ class SpreadStack(Piece):
         """Free the memory of the layers of other ranks, whose parameters stay on the meta device, without a name."""
         for number, layer in enumerate(self.layers):
             if number not in self.own:
-                own = layer.to("meta").state_dict()
+                own = layer.to("meta").requires_grad_(False).state_dict()
                 layer.register_state_dict_post_hook(_leave_out)
                 layer.register_load_state_dict_pre_hook(partial(_take_none, own))
         names = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]

@@ -132,61 +132,68 @@ class Passage:
 
     piece: Any
     agreed: Agreed
-    state: Any
-    """What the next layer takes."""
+    x: Any
+    """What the stack was called on, here."""
+    outside: list[Tensor]
+    """Tensors among the arguments that need gradients."""
     seed: int | None
     """What this pass's random numbers start from, in training."""
+    state: Any = None
+    """What the next layer takes."""
     run: DepthRun | None = None
+    carrier: Any = None
+    """The outer tensor that the next call hangs on, in a run."""
     swap: Swap = field(default_factory=lambda: Swap({}))
     called: int = 0
 
     @classmethod
     @opaque
     def enter(cls, piece: Any, x: Tensor, args: Any, kwargs: Any) -> Passage:
-        """Agree with the other ranks, and take the state from the one before; collective.
+        """Begin a pass, if the ranks agree; collective.
 
         Raises:
-            ValueError: the ranks' settings or states differ, on all ranks.
+            ValueError: their settings or states differ, on all ranks.
         """
         outside = [tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad]
         agreed = piece.agreed(x, outside)
-        ranks, seed = agreed.ranks, int(torch.randint(2**62, ())) if piece.training else None
-        state = x.detach() if ranks.first else ranks.take(x, ranks.here - 1)
+        if agreed.tracked and not agreed.exact:
+            refuse_transforms()
+        return cls(piece, agreed, x, outside, int(torch.randint(2**62, ())) if piece.training else None)
+
+    def _arrive(self) -> None:
+        """Take the state from the rank before."""
+        agreed, x, ranks = self.agreed, self.x, self.agreed.ranks
+        self.x, self.state = None, x.detach() if ranks.first else ranks.take(x, ranks.here - 1)
         if not agreed.tracked:
-            return cls(piece, agreed, state, seed)
+            return
         x = x if x.requires_grad else x.detach().requires_grad_()
         if agreed.exact:
-            state, *shared = Enter.apply(agreed, state, x, *outside)
-            swap = Swap({id(old): new for old, new in zip(outside, shared, strict=True)})
-            return cls(piece, agreed, state, seed, swap=swap)
-        refuse_transforms()
-        run = DepthRun.begin(piece, outside)
-        run.agreed, passage = agreed, cls(piece, agreed, state, seed, run)
-        passage.carrier = Entry.apply(run, x, *run.originals.values())
-        return passage
-
-    carrier: Any = None
-    """The outer tensor that the next call hangs on, in a run."""
+            self.state, *shared = Enter.apply(agreed, self.state, x, *self.outside)
+            self.swap = Swap({id(old): new for old, new in zip(self.outside, shared, strict=True)})
+        else:
+            self.run = DepthRun.begin(self.piece, self.outside)
+            self.run.agreed = agreed
+            self.carrier = Entry.apply(self.run, x, *self.run.originals.values())
 
     @opaque
     def call(self, layer: nn.Module, target: nn.Module, args: Any, kwargs: Any) -> Any:
         """Call one layer, or ``target`` that has it inside, on the present state."""
+        if not self.called:
+            self._arrive()
         with self._random(), SWAPPING:
             if self.run is None:
-                result = target(self.state, *self.swap(args), **self.swap_named(kwargs))
-            else:
-                if not self.run.knows([t for t in tensors((args, kwargs)) if t.requires_grad]):
-                    raise RuntimeError(
-                        f"a {type(layer).__name__} takes a tensor that needs gradients and was not given to the "
-                        "stack's first layer; give it to all layers"
-                    )
+                named = {name: self.swap(value) for name, value in kwargs.items()}
+                result = target(self.state, *self.swap(args), **named)
+            elif self.run.knows([t for t in tensors((args, kwargs)) if t.requires_grad]):
                 result = self.run.call(layer, target, self.state, self.carrier, args, kwargs)
+            else:
+                raise RuntimeError(
+                    f"a {type(layer).__name__} takes a tensor that needs gradients and was not given to the stack's "
+                    "first layer; give it to all layers"
+                )
         self.called += 1
         self.state = self.carrier = result[0] if isinstance(result, tuple) else result
         return result
-
-    def swap_named(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {name: self.swap(value) for name, value in kwargs.items()}
 
     @opaque
     def leave(self) -> Tensor:
