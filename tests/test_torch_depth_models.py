@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
 transformers: Any = pytest.importorskip("transformers")
+from ranks import square  # noqa: E402
 from test_torch_depth import close, numpy  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -214,27 +216,27 @@ def train(model: Any, steps: int, optimizer: Any) -> list[float]:
     return losses
 
 
-def prepared(mesh: Any) -> tuple[Any, Any]:
-    model = hb.convert(build("gpt2"), iterations=2, mesh=mesh)
+def prepared(mesh: Any, k: Any) -> tuple[Any, Any]:
+    model = hb.convert(build("gpt2"), iterations=k, mesh=mesh)
     return model, torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
-def saved_on(mesh: Any, folder: str) -> list[float]:
+def saved_on(mesh: Any, folder: str, k: Any) -> list[float]:
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    model, optimizer = prepared(mesh)
+    model, optimizer = prepared(mesh, k)
     train(model, 2, optimizer)
     own, moments = get_state_dict(model, optimizer)
     checkpoint.save({"model": own, "optimizer": moments}, checkpoint_id=folder, process_group=mesh.get_group())
     return train(model, 2, optimizer)
 
 
-def restored_on(mesh: Any, folder: str) -> list[float]:
+def restored_on(mesh: Any, folder: str, k: Any) -> list[float]:
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    model, optimizer = prepared(mesh)
+    model, optimizer = prepared(mesh, k)
     own, moments = get_state_dict(model, optimizer)
     state = {"model": own, "optimizer": moments}
     checkpoint.load(state, checkpoint_id=folder, process_group=mesh.get_group())
@@ -245,7 +247,143 @@ def restored_on(mesh: Any, folder: str) -> list[float]:
 
 
 def test_checkpoints_restore_on_other_numbers_of_ranks(ranks, tmp_path):
-    first = ranks(saved_on, str(tmp_path / "two"), ranks=2)
-    again = ranks(restored_on, str(tmp_path / "two"), ranks=2)
-    assert first == again
-    assert first[0] == first[1]
+    for k, count in ((1, 2), (None, 3)):
+        folder = str(tmp_path / str(k))
+        (losses, *others) = ranks(saved_on, folder, k, ranks=2)
+        assert others == [losses]
+        again = ranks(restored_on, folder, k, ranks=count)
+        if count == 2:
+            assert again == [losses] * 2
+        for found in again:
+            assert found == pytest.approx(losses, rel=1e-9)
+
+
+def clipped_on(mesh: Any, norm_type: float) -> Any:
+    model = hb.convert(build("llama"), mesh=mesh)
+    loss_of("llama", model).backward()
+    total = hb.clip_grad_norm_(model, 0.01, norm_type)
+    return total.item(), gradients(model)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_gradients_are_clipped_by_the_norm_over_all_ranks(ranks, norm_type):
+    model = build("llama")
+    loss_of("llama", model).backward()
+    total = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type).item()
+    assert total > 0.02
+    reference = gradients(model)
+    for found, clipped in ranks(clipped_on, norm_type, ranks=3):
+        assert found == pytest.approx(total, rel=1e-12)
+        own = [name for name, gradient in clipped.items() if gradient is not None]
+        close([clipped[name] for name in own], [reference[name] for name in own])
+
+
+def data(half: int) -> Any:
+    return torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))[half]
+
+
+def stacked(mesh: Any, k: Any) -> Any:
+    """A projection, two layers per rank and a head."""
+    model = build("plain")
+    layers = [Whole(layer) for layer in model.layers]
+    here = 2 * mesh.get_local_rank()
+    return nn.Sequential(model.first, hb.DepthParallel(*layers[here : here + 2], mesh=mesh, iterations=k), model.head)
+
+
+class Whole(nn.Module):
+    """A layer without its further result."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Any) -> Any:
+        return self.layer(x, scale=2.0)[0]
+
+
+def over_data_on(mesh: Any, way: str, k: Any) -> Any:
+    """One step on 2 x 2 ranks; the two halves of the data lie along one axis, the depth along the other."""
+    grid = square()
+    half = grid.get_local_rank("data")
+    model = stacked(grid["depth"], k) if way != "converted" else hb.convert(build("plain"), k, mesh=grid["depth"])
+    group = grid["data"].get_group()
+    if way == "fully_shard":
+        torch.distributed.fsdp.fully_shard(model, mesh=grid["data"])
+    wrapped = model
+    if way in ("ddp", "converted"):
+        wrapped = nn.parallel.DistributedDataParallel(model, process_group=group)
+    for _ in range(2):  # gradients add up
+        wrapped(data(half)).square().mean().backward()
+    found = {}
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            continue
+        gradient = p.grad.full_tensor() if way == "fully_shard" else p.grad
+        if way == "all-reduce":
+            torch.distributed.all_reduce(gradient, group=group)
+            gradient /= 2
+        if way != "converted":
+            name = re.sub(r"^1\.(\d)\.layer", r"layers.\1", name)
+        found[name] = gradient.numpy().copy()
+    total = hb.clip_grad_norm_(model, 1e9)
+    return found, total.item()
+
+
+@pytest.mark.parametrize("k", [2, None])
+@pytest.mark.parametrize("way", ["all-reduce", "ddp", "converted", "fully_shard"])
+def test_data_and_depth_go_together(ranks, way, k):
+    model = build("plain")
+    for _ in range(2):
+        model(torch.cat([data(0), data(1)])).square().mean().backward()
+    reference = gradients(model)
+    rename = {"first.": "0.", "head.": "2."} if way != "converted" else {}
+    for old, new in rename.items():
+        reference = {name.replace(old, new): gradient for name, gradient in reference.items()}
+    total = sum((gradient**2).sum() for gradient in reference.values()) ** 0.5
+    answers = ranks(over_data_on, way, k)
+    for found, norm in answers:
+        close(list(found.values()), [reference[name] for name in found])
+        if way != "all-reduce":
+            assert norm == pytest.approx(total, rel=1e-12)
+    assert set().union(*(found for found, _ in answers)) == set(reference)
+
+
+class Single(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x.float()
+
+
+def autocast_on(mesh: Any, k: Any) -> Any:
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    first, stack, head = stacked(mesh, k).float()
+    model = nn.Sequential(first, Single(), stack, head)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = ShardedGradScaler("cpu", init_scale=4.0, process_group=mesh.get_group())
+    steps = []
+    for bad in (False, True, False):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(data(0).float()).float().square().mean()
+        scaler.scale(loss).backward()
+        if bad and mesh.get_local_rank() == 1:
+            next(stack.parameters()).grad[0] = float("nan")
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        steps.append((loss.item(), scaler.get_scale(), first.weight.detach().numpy().copy()))
+    return steps
+
+
+def test_mixed_precision_and_a_scaler_that_all_ranks_share(ranks):
+    model = build("plain").float()
+    layers = [Whole(layer) for layer in model.layers]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = nn.Sequential(model.first, Single(), *layers, model.head)(data(0).float()).float().square().mean()
+    answers = [steps for k in (2, None) for steps in ranks(autocast_on, k, ranks=2)]
+    for steps in answers:
+        assert steps[0][0] == loss.item()
+        assert [scale for _, scale, _ in steps] == [4.0, 2.0, 2.0]
+        assert (steps[0][2] == steps[1][2]).all()  # all skip the step that one rank cannot make
+        assert (steps[1][2] != steps[2][2]).any()
+        assert (steps[2][2] == answers[0][2][2]).all() or steps[2][2] == pytest.approx(answers[0][2][2], abs=2e-3)

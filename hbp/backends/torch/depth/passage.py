@@ -18,6 +18,7 @@ from hbp.backends.torch.autograd import SWAPPING, Swap, opaque, refuse_second_de
 from hbp.backends.torch.depth.backend import RankBackend
 from hbp.backends.torch.depth.exchange import LOCAL
 from hbp.backends.torch.depth.ranks import Ranks
+from hbp.backends.torch.stack.calling import next_state
 from hbp.backends.torch.stack.graphs import Call, LayerGraphs
 from hbp.backends.torch.stack.nodes import Entry
 from hbp.backends.torch.stack.run import Run
@@ -184,6 +185,7 @@ class Passage:
             if self.run is None:
                 named = {name: self.swap(value) for name, value in kwargs.items()}
                 result = target(self.state, *self.swap(args), **named)
+                next_state(f"layer {self.piece.numbers[self.called]}, a {type(layer).__name__},", result, self.state)
             elif self.run.knows([t for t in tensors((args, kwargs)) if t.requires_grad]):
                 result = self.run.call(layer, target, self.state, self.carrier, args, kwargs)
             else:
