@@ -126,9 +126,10 @@ class Ranks:
 
 def _disagreement(told: Sequence[tuple[str, Mapping[str, str], str]]) -> str:
     """One sentence on what the ranks do not have in common."""
-    troubles = [f"rank {rank}: {trouble}" for rank, (_, _, trouble) in enumerate(told) if trouble]
-    if troubles:
-        return "; ".join(troubles)
+    if any(trouble for _, _, trouble in told):
+        return "; ".join(
+            f"{where}: {trouble}" for trouble, where in _places([one[2] for one in told]).items() if trouble
+        )
     calls = [what for what, _, _ in told]
     if len(set(calls)) > 1:
         return f"the ranks are not at the same point: {_by_rank(calls)}; every rank must make the same calls"
@@ -140,7 +141,12 @@ def _disagreement(told: Sequence[tuple[str, Mapping[str, str], str]]) -> str:
 
 
 def _by_rank(values: Sequence[str]) -> str:
+    return ", ".join(f"{value} on {where}" for value, where in _places(values).items())
+
+
+def _places(values: Sequence[str]) -> dict[str, str]:
+    """Each value with the ranks that have it."""
     ranks: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(str(rank))
-    return ", ".join(f"{value} on rank {' and '.join(on)}" for value, on in ranks.items())
+    return {value: f"rank {' and '.join(on)}" for value, on in ranks.items()}
