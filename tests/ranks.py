@@ -124,7 +124,9 @@ def square() -> Any:
     """The mesh of 2 x 2 ranks, data and depth; collective, made once."""
     import torch.distributed as dist
 
-    return dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "depth"))
+    names, timeout = ("data", "depth"), timedelta(seconds=GROUP_TIMEOUT)
+    axes = [dist.new_subgroups_by_enumeration(pairs, timeout)[0] for pairs in ([[0, 2], [1, 3]], [[0, 1], [2, 3]])]
+    return dist.DeviceMesh.from_group(axes, "cpu", mesh=[[0, 1], [2, 3]], mesh_dim_names=names)
 
 
 if __name__ == "__main__":

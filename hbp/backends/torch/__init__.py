@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hbp.backends._surface import *
 from hbp.backends._surface import COMMON, bound, jit
 from hbp.backends.torch.array import TorchBackend
@@ -29,6 +31,7 @@ OWN = [
     "HillisSteele",
     "PostNorm",
     "Residual",
+    "ScheduleHighway",
     "Sequential",
     "Transpose",
     "clip_grad_norm_",
@@ -44,3 +47,11 @@ OWN = [
     "step",
 ]
 __all__ = [*COMMON, *OWN]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "ScheduleHighway":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hbp.backends.torch.depth.pipeline import ScheduleHighway  # torch's own package takes a second to import
+
+    return ScheduleHighway

@@ -15,7 +15,7 @@ from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.depth.exchange import LOCAL, Exchange, chosen
 from hbp.backends.torch.depth.ranks import Ranks
 from hbp.core.backend import Array
-from hbp.core.operator import Dense, Diagonal, LinearOperator, Scalar
+from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Scalar
 from hbp.linearization import WIDER, stack_maps
 
 
@@ -55,7 +55,7 @@ class RankBackend(TorchBackend):
     def _prepare(self, operator: LinearOperator, c: Tensor) -> None:
         """Agree on one kind of residual map, and on the exchange."""
         like = c[0]
-        product = reduce(matmul, (operator[i : i + 1] for i in range(len(c) - 1)))
+        product: LinearOperator = reduce(matmul, (operator[i : i + 1] for i in range(len(c) - 1)), Identity())
         kind, shapes = type(product), [array.shape for array in product.arrays]
         number = isinstance(product, Scalar) and not product.arrays  # another number on each rank
         index = WIDER.index(kind) if kind in WIDER else len(WIDER)

@@ -78,7 +78,7 @@ class DepthParallel(Piece, nn.Module):
             if not isinstance(layer, nn.Module):
                 raise TypeError(f"layer {i} is a {type(layer).__name__}; give torch.nn.Modules, as hbp's Residual")
         self._own = own_layers
-        self.settle(Ranks(mesh), exchange, last_only)
+        self.settle(Ranks.along(mesh), exchange, last_only)
         self._own = ()
         for number, layer in zip(self.numbers, own_layers, strict=True):
             self.add_module(str(number), layer)

@@ -15,15 +15,23 @@ NUMBERS = 4
 
 
 class Ranks:
-    """The ranks of a 1-D mesh, in its order; each holds a piece of a stack.
+    """The ranks of a process group, in its order; each holds a piece of a stack.
 
     All methods but the properties are collective: every rank calls them in the same order.
-
-    Raises:
-        TypeError, ValueError: the mesh is none, has several axes, or this process is not on it.
     """
 
-    def __init__(self, mesh: Any) -> None:
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.count: int = dist.get_world_size(group)
+        self.here: int = dist.get_rank(group)
+
+    @classmethod
+    def along(cls, mesh: Any) -> Ranks:
+        """Those of a mesh of one axis.
+
+        Raises:
+            TypeError, ValueError: the mesh is none, has several axes, or this process is not on it.
+        """
         if not isinstance(mesh, dist.DeviceMesh if dist.is_available() else ()):
             raise TypeError(f"mesh is a {type(mesh).__name__}; give a torch.distributed DeviceMesh of one axis")
         if mesh.ndim != 1:
@@ -31,10 +39,7 @@ class Ranks:
             raise ValueError(f"mesh has the axes {', '.join(names)}; give the one along depth, as mesh[{names[-1]!r}]")
         if mesh.get_coordinate() is None:
             raise ValueError(f"rank {dist.get_rank()} is none of the mesh's ranks, {mesh.mesh.tolist()}")
-        self.group: Any = mesh.get_group()
-        self.count: int = dist.get_world_size(self.group)
-        self.here: int = dist.get_rank(self.group)
-        self.device = torch.device(mesh.device_type)
+        return cls(mesh.get_group(), torch.device(mesh.device_type))
 
     def __deepcopy__(self, memo: Any) -> Ranks:
         return self

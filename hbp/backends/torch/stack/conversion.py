@@ -81,7 +81,7 @@ def convert(
     chosen = named(model, stacks) if stacks is not None else [largest(model)]
     if mesh is not None:
         whole = chunk is None and solver is None
-        return _spread(model, chosen, how, Ranks(mesh), exchange, residual, damping, whole)
+        return _spread(model, chosen, how, Ranks.along(mesh), exchange, residual, damping, whole)
     if exchange is not None:
         raise ValueError(f"exchange={exchange} is given without a mesh; give mesh= too")
     converted = []
