@@ -149,6 +149,7 @@ def _pools() -> Iterator[list[Any]]:
 @pytest.fixture
 def ranks(_pools: list[Any]) -> Iterator[Any]:
     """Four ranks of `torch.distributed`, the same processes for the whole session while no test breaks them."""
+    pytest.importorskip("torch")
     from ranks import Pool, RanksError
 
     if not _pools:

@@ -69,6 +69,26 @@ def test_language_model_gru(monkeypatch):
     assert (highway - library).norm() < 1e-3 * (rough - library).norm()
 
 
+def depth_parallel_on(mesh: Any, rounds: str) -> Any:
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        arguments = ["--layers", "4", "--steps", "4", "--rounds", rounds, "--exact-from", "1"]
+        return importlib.import_module("depth_parallel").main(arguments)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+def test_depth_parallel(ranks):
+    for needed in ("torch", "transformers"):
+        pytest.importorskip(needed)
+    for rounds, error in (("4", 1e-6), ("0", 1e-2)):
+        found, *others = ranks(depth_parallel_on, rounds)
+        assert others == [None] * 3
+        assert found["losses"] == pytest.approx(found["alone"], rel=error)
+        assert found["losses"][0] == pytest.approx(found["alone"][0], rel=1e-6)
+    assert found["losses"] != pytest.approx(found["alone"], rel=1e-5)  # one round less shows
+
+
 OPTIONAL = {"torch.kernels": "triton"}
 """Folders below `hbp.backends` that need more than their library."""
 
