@@ -125,6 +125,12 @@ def built_on(mesh: Any) -> None:
     with pytest.raises(ValueError, match=r"no stack of this Sequential lies on several ranks; use torch.nn.utils' own"):
         hb.clip_grad_norm_(nn.Sequential(hb.Sequential(*layers)), 1.0)
     stack = hb.DepthParallel(*layers, mesh=mesh)
+    with pytest.raises(
+        ValueError, match=r"the layers lie on several ranks, .*; measure the whole model on one process"
+    ):
+        hb.diagnose(stack, lambda stack, x: stack(x).sum(), inputs().float())
+    with pytest.raises(ValueError, match=r"the layers lie on several ranks"):
+        hb.estimate_damping(stack, inputs().float())
     with pytest.raises(TypeError, match=r"layers over several ranks cannot be pickled; save their state_dict"):
         stack.__reduce_ex__(2), torch.save(stack, os.devnull)
 

@@ -305,10 +305,12 @@ def over_data_on(mesh: Any, way: str, k: Any) -> Any:
     """One step on 2 x 2 ranks; the two halves of the data lie along one axis, the depth along the other."""
     grid = square()
     half = grid.get_local_rank("data")
-    model = stacked(grid["depth"], k) if way != "converted" else hb.convert(build("plain"), k, mesh=grid["depth"])
+    whole = way.startswith("converted")
+    model = hb.convert(build("plain"), k, mesh=grid["depth"]) if whole else stacked(grid["depth"], k)
     group = grid["data"].get_group()
-    if way == "fully_shard":
-        torch.distributed.fsdp.fully_shard(model, mesh=grid["data"])
+    if way.endswith("fully_shard"):
+        away = {p for p in model.parameters() if p.is_meta}
+        torch.distributed.fsdp.fully_shard(model, mesh=grid["data"], ignored_params=away)
     wrapped = model
     if way in ("ddp", "converted"):
         wrapped = nn.parallel.DistributedDataParallel(model, process_group=group)
@@ -318,11 +320,11 @@ def over_data_on(mesh: Any, way: str, k: Any) -> Any:
     for name, p in model.named_parameters():
         if p.is_meta:
             continue
-        gradient = p.grad.full_tensor() if way == "fully_shard" else p.grad
+        gradient = p.grad.full_tensor() if way.endswith("fully_shard") else p.grad
         if way == "all-reduce":
             torch.distributed.all_reduce(gradient, group=group)
             gradient /= 2
-        if way != "converted":
+        if not whole:
             name = re.sub(r"^1\.(\d)\.layer", r"layers.\1", name)
         found[name] = gradient.numpy().copy()
     total = hb.clip_grad_norm_(model, 1e9)
@@ -330,13 +332,13 @@ def over_data_on(mesh: Any, way: str, k: Any) -> Any:
 
 
 @pytest.mark.parametrize("k", [2, None])
-@pytest.mark.parametrize("way", ["all-reduce", "ddp", "converted", "fully_shard"])
+@pytest.mark.parametrize("way", ["all-reduce", "ddp", "converted", "fully_shard", "converted, fully_shard"])
 def test_data_and_depth_go_together(ranks, way, k):
     model = build("plain")
     for _ in range(2):
         model(torch.cat([data(0), data(1)])).square().mean().backward()
     reference = gradients(model)
-    rename = {"first.": "0.", "head.": "2."} if way != "converted" else {}
+    rename = {"first.": "0.", "head.": "2."} if not way.startswith("converted") else {}
     for old, new in rename.items():
         reference = {name.replace(old, new): gradient for name, gradient in reference.items()}
     total = sum((gradient**2).sum() for gradient in reference.values()) ** 0.5

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hbp.backends.torch.array import TorchBackend
+from hbp.backends.torch.depth.piece import Piece
 from hbp.backends.torch.options import Scheduled, scheduled
 from hbp.backends.torch.recurrent.modules import GRU, LSTM
 from hbp.backends.torch.stack.conversion import ConvertedForward
@@ -71,10 +72,19 @@ def diagnose(
     >>> hb.configure(model, found.recommended)
     """
     layers = scheduled(model)
+    _check_one_process(layers.values())
     settings = Settings(iterations, chunks, target, plot)
     steps = Steps.of(model, loss_fn, batch, layers)
     with undisturbed(model, layers.values()):
         return diagnosed(settings, BACKEND, steps.gradient, steps.seconds)
+
+
+def _check_one_process(layers: Iterable[Scheduled]) -> None:
+    if any(isinstance(part, Piece) for part in layers):
+        raise ValueError(
+            "the layers lie on several ranks, each of which would measure its own; measure the whole model on one "
+            "process before, with the number of layers per rank as its chunk"
+        )
 
 
 def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: bool = False) -> list[float]:
@@ -103,6 +113,7 @@ def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: 
     """
     check_count("samples", samples, 1)
     layers = one_stack(stack, "give a module with one")
+    _check_one_process([layers])
 
     def run() -> None:
         if isinstance(batch, Mapping):
