@@ -21,7 +21,7 @@ from torch import nn  # noqa: E402
 import hbp  # noqa: E402
 
 D = 3
-COUNTS = {2: (2, 2), 3: (1, 3, 2), 4: (1, 2, 1, 2)}
+COUNTS = {1: (3,), 2: (2, 2), 3: (1, 3, 2), 4: (1, 2, 1, 2)}
 EXCHANGES = ("AllGather", "HillisSteele", "Transpose")
 
 

@@ -120,6 +120,8 @@ def built_on(mesh: Any) -> None:
         hb.DepthParallel(*layers, mesh=mesh, last_only=1)
     with pytest.raises(ValueError, match=r"stacks names 2 lists; over several ranks one stack is converted"):
         hb.convert(nn.ModuleDict({n: nn.Sequential(*layers) for n in "ab"}), stacks=["a", "b"], mesh=mesh)
+    with pytest.raises(ValueError, match=r"stacked=True is given beside a mesh"):
+        hb.convert(nn.Sequential(*layers), stacked=True, mesh=mesh)
     with pytest.raises(ValueError, match=r"exchange=AllGather.. is given without a mesh"):
         hb.convert(nn.Sequential(*layers), exchange=hb.AllGather())
     with pytest.raises(ValueError, match=r"no stack of this Sequential lies on several ranks; use torch.nn.utils' own"):

@@ -115,6 +115,25 @@ def test_converted_models_have_the_gradients_of_one_process(ranks, name):
             assert seen == set(reference)
 
 
+def random_on(mesh: Any, k: Any) -> Any:
+    model = hb.convert(build("gpt2"), iterations=k, mesh=mesh).train()
+    torch.manual_seed(5)  # one for all: the embedding has dropout too
+    loss = loss_of("gpt2", model)
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def test_dropout_is_that_of_one_rank(ranks):
+    ((loss, reference),) = ranks(random_on, None, ranks=1)
+    for k in (None, 3):
+        answers = ranks(random_on, k, ranks=3)
+        for value, found in answers:
+            assert value == pytest.approx(loss, rel=1e-12)
+            own = [name for name, gradient in found.items() if gradient is not None]
+            close([found[name] for name in own], [reference[name] for name in own])
+            assert (found["transformer.wte.weight"] == answers[0][1]["transformer.wte.weight"]).all()
+
+
 def generated_on(mesh: Any) -> Any:
     model = hb.convert(build("gpt2"), iterations=1, mesh=mesh)
     ids = torch.tensor([[3, 4, 5], [2, 6, 7]])

@@ -11,6 +11,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from hbp.backends._depth import scan_over_ranks
 from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.depth.exchange import LOCAL, Exchange, chosen
 from hbp.backends.torch.depth.ranks import Ranks
@@ -45,12 +46,12 @@ class RankBackend(TorchBackend):
 
     def propagate(self, operator: LinearOperator, c: Array) -> Array:
         """The suffix scan over all ranks' stages, of which ``operator`` and ``c`` are this rank's."""
-        own = LOCAL.propagate(operator, c)
         if self._maps is None:
             self._prepare(operator, c)
-        assert self.exchange is not None
-        entering = self.exchange.entering(own[0], self._maps, self.ranks)
-        return own + LOCAL.propagate(operator, torch.cat([torch.zeros_like(c[:-1]), entering[None]]))
+        exchange: Any = self.exchange
+        return scan_over_ranks(
+            LOCAL.propagate, operator, c, lambda start: exchange.entering(start, self._maps, self.ranks), LOCAL
+        )
 
     def _prepare(self, operator: LinearOperator, c: Tensor) -> None:
         """Agree on one kind of residual map, and on the exchange."""

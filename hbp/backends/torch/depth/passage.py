@@ -77,7 +77,7 @@ class Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None, Tensor | None]:
-        refuse_second_derivatives("one process", cotangent)
+        refuse_second_derivatives("iterations=None on one process", cotangent)
         agreed = ctx.agreed
         agreed.opened()
         if agreed.ranks.last:

@@ -79,6 +79,8 @@ def convert(
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
     how = Solver.of(solver, iterations=iterations, chunk=1 if chunk is None else chunk, tolerance=tolerance)
     chosen = named(model, stacks) if stacks is not None else [largest(model)]
+    if mesh is not None and stacked is not None:
+        raise ValueError(f"stacked={stacked} is given beside a mesh; over several ranks each stage has its own graph")
     if mesh is not None:
         whole = chunk is None and solver is None
         return _spread(model, chosen, how, Ranks.along(mesh), exchange, residual, damping, whole)
