@@ -89,8 +89,12 @@ def nodes(starts: Sequence[Any], last: Callable[[Any], bool] = lambda _: False) 
 
 
 def foreign_leaf(ends: Sequence[Tensor], start: Tensor, known: Container[int]) -> Tensor | None:
-    """A leaf that a graph leads to, not ``start`` and not of ``known`` identity, so that its gradient would be lost."""
-    for node in nodes([end.grad_fn for end in ends]):
+    """A leaf that a graph leads to, not ``start`` and not of ``known`` identity, so that its gradient would be lost.
+
+    What lies behind a ``start`` that is no leaf is not looked at.
+    """
+    behind = start.grad_fn
+    for node in nodes([end.grad_fn for end in ends], lambda node: node is behind):
         if node.name() == "torch::autograd::AccumulateGrad" and id(node.variable) not in known:
             leaf: Tensor = node.variable
             if leaf is not start:

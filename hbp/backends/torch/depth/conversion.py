@@ -54,13 +54,15 @@ class SpreadStack(Piece):
                 layer.register_state_dict_post_hook(_leave_out)
                 layer.register_load_state_dict_pre_hook(partial(_take_none, own))
         names = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-        model._ddp_params_and_buffers_to_ignore = names  # where DDP looks
+        kept: Any = getattr(model, "_ddp_params_and_buffers_to_ignore", [])  # where DDP looks
+        model._ddp_params_and_buffers_to_ignore = [*kept, *names]
         for part in model.modules():
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained = partial(_refuse_to_save, self.numbers)
 
-    def call(self, number: int, layer: nn.Module, own: nn.Module, x: Any, args: Any, kwargs: Any) -> Any:
-        """A call of one layer in the model's loop; ``own`` runs it. Layers of other ranks give shapes only."""
+    def call(self, number: int, target: nn.Module, x: Any, args: Any, kwargs: Any) -> Any:
+        """A call of one layer in the model's loop; ``target`` runs it. Layers of other ranks give shapes only."""
+        layer = self.layers[number]
         if number == 0:
             self.passage, self.handed, self.next = Passage.enter(self, x, args, kwargs), x, 0
         passage = self.passage
@@ -71,7 +73,7 @@ class SpreadStack(Piece):
                 "stack over several ranks is called whole, in order, and nothing may change its state between layers"
             )
         here = number in self.own
-        result = passage.call(layer, own, args, kwargs) if here else _shapes(number, own, x, args, kwargs)
+        result = passage.call(layer, target, args, kwargs) if here else _shapes(number, target, x, args, kwargs)
         if number == len(self.layers) - 1:
             final, self.passage = passage.leave(), None
             result = _with_state(result, final)
@@ -98,12 +100,12 @@ def _tied(model: nn.Module, layers: Sequence[nn.Module]) -> str:
     )
 
 
-def _shapes(number: int, own: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Any:
+def _shapes(number: int, target: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Any:
     """What a layer of another rank returns, without numbers."""
     meta = Swap({id(t): t.to("meta") for t in tensors((x, args, kwargs))})
     try:
         with torch.no_grad():
-            return own(meta(x), *meta(args), **{name: meta(value) for name, value in kwargs.items()})
+            return target(meta(x), *meta(args), **{name: meta(value) for name, value in kwargs.items()})
     except (RuntimeError, NotImplementedError) as error:
         raise RuntimeError(
             f"layer {number}, which stands on another rank, cannot run on the meta device, for its shapes: {error}"

@@ -61,7 +61,11 @@ class AllGather(Exchange):
 
 @dataclass(frozen=True)
 class HillisSteele(Exchange):
-    """Starts go 1, 2, 4, ... ranks back, point to point: ceil(log2 P) hops of one state (appendix E of the paper)."""
+    """Starts go 1, 2, 4, ... ranks back, point to point: ceil(log2 P) hops of one state (appendix E of the paper).
+
+    >>> HillisSteele().seconds(1000, 4, latency=1.0, bandwidth=1000.0)
+    4.0
+    """
 
     def seconds(self, size: int, count: int, latency: float = LATENCY, bandwidth: float = BANDWIDTH) -> float:
         return math.ceil(math.log2(count)) * (latency + size / bandwidth)
@@ -89,7 +93,11 @@ class HillisSteele(Exchange):
 
 @dataclass(frozen=True)
 class Transpose(Exchange):
-    """Each rank scans one slice of the states for all: two all-to-all, the least bytes for large states."""
+    """Each rank scans one slice of the states for all: two all-to-all, the least bytes for large states.
+
+    >>> Transpose().seconds(1000, 4, latency=1.0, bandwidth=1000.0)
+    3.5
+    """
 
     def seconds(self, size: int, count: int, latency: float = LATENCY, bandwidth: float = BANDWIDTH) -> float:
         return 2 * latency + 2 * (count - 1) / count * size / bandwidth

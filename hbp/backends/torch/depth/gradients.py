@@ -32,6 +32,15 @@ def clip_grad_norm_(
     Raises:
         ValueError: the model has no such stack.
         RuntimeError: the norm is not finite, and that shall be an error.
+
+    >>> from torch.distributed import HashStore, destroy_process_group, init_device_mesh, init_process_group
+    >>> import hbp.backends.torch as hb
+    >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)  # torchrun does it for several
+    >>> stack = hb.DepthParallel(nn.Linear(4, 4, bias=False), mesh=init_device_mesh("cpu", (1,)))
+    >>> stack(torch.ones(1, 4)).sum().backward()
+    >>> clip_grad_norm_(stack, 1.0).item(), round(stack.get_parameter("0.weight").grad.norm().item(), 3)
+    (4.0, 1.0)
+    >>> destroy_process_group()
     """
     pieces = [stack for stack in scheduled(model).values() if isinstance(stack, Piece)]
     if not pieces:

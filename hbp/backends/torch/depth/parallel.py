@@ -37,8 +37,9 @@ class DepthParallel(Piece, nn.Module):
 
     Args:
         *own_layers: this rank's layers, at least one, whole and with their skip, as for `Sequential`; ranks may hold
-            different numbers of them. They are named by their numbers in the whole stack, so `state_dict` has the
-            keys of one `nn.Sequential` of all, and `torch.distributed.checkpoint` restores on other numbers of ranks.
+            different numbers of them, and a parameter stands on one rank only. They are named by their numbers in the
+            whole stack, so `state_dict` has the keys of one `nn.Sequential` of all, and `torch.distributed.checkpoint`
+            restores on other numbers of ranks.
         mesh: a `DeviceMesh` of one axis, as ``mesh["depth"]`` of a larger one.
         iterations, tolerance: as for `Sequential`; all ranks stop at the same round.
         chunk: layers per stage on this rank; None: all of them. A stage lies on one rank.
@@ -77,9 +78,7 @@ class DepthParallel(Piece, nn.Module):
         for i, layer in enumerate(own_layers):
             if not isinstance(layer, nn.Module):
                 raise TypeError(f"layer {i} is a {type(layer).__name__}; give torch.nn.Modules, as hbp's Residual")
-        self._own = own_layers
-        self.settle(Ranks.along(mesh), exchange, last_only)
-        self._own = ()
+        self.settle(Ranks.along(mesh), len(own_layers), exchange, last_only)
         for number, layer in zip(self.numbers, own_layers, strict=True):
             self.add_module(str(number), layer)
         size = len(own_layers) if chunk is None and solver is None else chunk or 1
@@ -87,7 +86,8 @@ class DepthParallel(Piece, nn.Module):
         self.configure(how, residual, damping)
 
     def members(self) -> Iterable[nn.Module]:
-        return self._own or list(self._modules.values())
+        layers: Iterable[nn.Module] = self._modules.values()
+        return layers
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.states(x, *args, **kwargs)[0]

@@ -24,15 +24,14 @@ class Piece(Stack):
     training: bool
     passes: int = 0
 
-    def settle(self, ranks: Ranks, exchange: Any, last_only: Any) -> None:
-        """Take the options that only several ranks have, and find this rank's place; collective."""
+    def settle(self, ranks: Ranks, own: int, exchange: Any, last_only: Any = False) -> None:
+        """Take the options that only several ranks have, and find the place of this one's layers; collective."""
         if exchange is not None and not isinstance(exchange, Exchange):
             kind = type(exchange).__name__
             raise TypeError(f"exchange is a {kind}; give hb.AllGather(), hb.HillisSteele(), hb.Transpose() or None")
         if not isinstance(last_only, bool):
             raise TypeError(f"last_only={last_only!r}; give True or False")
         self.ranks, self.exchange, self.last_only = ranks, exchange, last_only
-        own = len(list(self.members()))
         trouble = "" if own else "has no layers; give each rank at least one, or use a smaller mesh"
         counts = [row[0] for row in self.ranks.agree("building the stack", {}, [own], trouble)]
         before = sum(counts[: self.ranks.here])

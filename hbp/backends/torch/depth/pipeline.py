@@ -48,6 +48,14 @@ class ScheduleHighway(Scheduled, ScheduleGPipe):
     Raises:
         TypeError, ValueError: an option is not what its name says; ranks differ, on all ranks, when `step` is called.
         RuntimeError: this version of PyTorch is not known here.
+
+    >>> from torch.distributed.pipelining import PipelineStage
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun does it for several
+    >>> stage = PipelineStage(torch.nn.Linear(2, 2), 0, 1, torch.device("cpu"))
+    >>> schedule = ScheduleHighway(stage, 2, torch.nn.functional.mse_loss, iterations=1)
+    >>> schedule.step(torch.ones(4, 2), target=torch.ones(4, 2)).shape
+    torch.Size([4, 2])
+    >>> dist.destroy_process_group()
     """
 
     def __init__(

@@ -83,7 +83,8 @@ def convert(
         raise ValueError(f"stacked={stacked} is given beside a mesh; over several ranks each stage has its own graph")
     if mesh is not None:
         whole = chunk is None and solver is None
-        return _spread(model, chosen, how, Ranks.along(mesh), exchange, residual, damping, whole)
+        ranks = Ranks.along(mesh)
+        return _spread(model, chosen, how, ranks, exchange, residual=residual, damping=damping, whole=whole)
     if exchange is not None:
         raise ValueError(f"exchange={exchange} is given without a mesh; give mesh= too")
     converted = []
@@ -122,23 +123,29 @@ def revert(model: Model) -> Model:
 
 
 def _spread(
-    model: Model, chosen: list[Row], how: Solver, ranks: Ranks, exchange: Any, residual: Any, damping: Any, whole: bool
+    model: Model,
+    chosen: list[Row],
+    how: Solver,
+    ranks: Ranks,
+    exchange: Any,
+    *,
+    residual: Any,
+    damping: Any,
+    whole: bool,
 ) -> Model:
-    """`convert` over several ranks; collective."""
+    """`convert` over several ranks, a piece of which is ``whole`` one stage; collective."""
     if len(chosen) > 1:
         raise ValueError(f"stacks names {len(chosen)} lists; over several ranks one stack is converted")
     ((name, layers),) = chosen
     for i, layer in enumerate(layers):
         _check_layer(f"{name}[{i}]" if name else f"entry {i}", layer)
-    stack = SpreadStack(layers, ranks)
-    stack.settle(ranks, exchange, last_only=False)
-    stack.check(model)
     ConvertedStack(tuple(layers)).configure(how, residual, damping)
+    stack = SpreadStack(layers, ranks)
+    stack.settle(ranks, len(stack.own), exchange)
+    stack.check(model)
     own = slice(stack.own.start, stack.own.stop)
-    if isinstance(damping, list | tuple):
-        damping = damping[own]
-    if residual is not None and residual.length is not None:
-        residual = residual[own]
+    damping = damping[own] if isinstance(damping, list | tuple) else damping
+    residual = residual if residual is None or residual.length is None else residual[own]
     stack.configure(replace(how, chunk=len(stack.own)) if whole else how, residual, damping)
     stack.let_go(model)
     for i, layer in enumerate(layers):
@@ -202,7 +209,7 @@ class SpreadForward(ConvertedForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x, args = self._state(args, kwargs)
-        return self.stack.call(self.number, self.layer, _OwnForward(self.layer), x, args, kwargs)
+        return self.stack.call(self.number, _OwnForward(self.layer), x, args, kwargs)
 
 
 class _OwnForward(nn.Module):

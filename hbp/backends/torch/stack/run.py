@@ -111,8 +111,6 @@ class Run:
     calls: dict[int, tuple[Call, tuple[Tensor | None, ...]]] = field(default_factory=dict)
     """The calls that the backward pass ``task`` has reached, with their ends' cotangents, left for the entry."""
     task: int = -1
-    leaf: Any = None
-    """The leaf that the last call's graph starts from."""
 
     @classmethod
     def begin(cls, stack: Any, outside: list[Tensor]) -> Self:
@@ -142,7 +140,7 @@ class Run:
         handed: list[Any] = [self.originals.get(id(out), out) for out in outputs]  # an argument handed on
         places = [i for i, out in enumerate(handed) if i == 0 or (out is outputs[i] and needs_gradient(out))]
         results = (depending(y, start), *(outputs[i] for i in places[1:]))
-        self._check_leaves(name, results)
+        self._check_leaves(name, results, start)
         declared = layer.residual_map(start.detach(), y.detach()) if hasattr(layer, "residual_map") else IDENTITY
         ends, state = tuple(map(edge, results)), y.detach()
         call = Call(
@@ -156,11 +154,10 @@ class Run:
 
     def start(self, x: Tensor) -> Tensor:
         """What the next call starts from, with the values of x."""
-        self.leaf = leaf_of(x)
-        return self.leaf
+        return leaf_of(x)
 
-    def _check_leaves(self, name: str, results: tuple[Tensor, ...]) -> None:
-        foreign = foreign_leaf(results, self.leaf, self.originals)
+    def _check_leaves(self, name: str, results: tuple[Tensor, ...], start: Tensor) -> None:
+        foreign = foreign_leaf(results, start, self.originals)
         if foreign is not None:
             raise RuntimeError(
                 f"{name} reads a tensor of shape {tuple(foreign.shape)} that needs gradients and is neither its "
