@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 import hbp
-from benchmarks.measure import Library, Method
+from benchmarks.measure import Library, Method, kept, library
 from benchmarks.stack import WAYS
 
 CASES = {
@@ -22,6 +23,7 @@ SHAPES = {"qkv": (3, 1), "out": (1, 1), "up": (4, 1), "down": (1, 4)}
 """A block's matrices, in widths; the norms have no parameters."""
 
 
+@kept
 def problem(case: dict[str, Any]) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
     """The matrices, (L, rows, columns) each, drawn as GPT-2's; input and cotangent (T, d); float32."""
     rng, (length, d) = np.random.default_rng(0), (case["L"], case["d"])
@@ -46,13 +48,14 @@ def _torch_block(weights: Any, x: Any, heads: int) -> Any:
     return x + gelu(layer_norm(x, (size,)) @ up.T) @ down.T
 
 
-def reference(case: dict[str, Any], method: Method | None = None, lib: Library | None = None) -> np.ndarray:
+def reference(case: dict[str, Any], method: Method | None = None, lib: Library | None = None) -> Any:
     """The gradient in float64, exact or a method's own iterate, by PyTorch's vjp of each block and hbp's core."""
     import torch
 
     weights, x, dy = problem(case)
-    move: Callable[[Any], Any] = torch.from_numpy if lib is None or lib.name != "torch" else lib.array
-    wide = [move(w.astype(np.float64)) for w in weights]
+    if lib is None or lib.name != "torch":
+        lib = replace(library("torch"), array=torch.from_numpy, on_gpu=False)
+    wide = [lib.array(w.astype(np.float64)) for w in weights]
     layers = [[w[i] for w in wide] for i in range(case["L"])]
 
     def run(own: Any) -> Callable[[Any], Any]:
@@ -65,11 +68,11 @@ def reference(case: dict[str, Any], method: Method | None = None, lib: Library |
 
         return call
 
-    states = [move(x.astype(np.float64))]
+    states = [lib.array(x.astype(np.float64))]
     for own in layers:
         states.append(_torch_block(own, states[-1], case["heads"]))
     _, chain = hbp.linearize_layers([layer(own) for own in layers], states[0], residual=hbp.Identity())
-    cotangent = move(dy.astype(np.float64))
+    cotangent = lib.array(dy.astype(np.float64))
     if method is None or method.k is None:
         g = hbp.backprop(chain, cotangent)
     else:
@@ -77,8 +80,8 @@ def reference(case: dict[str, Any], method: Method | None = None, lib: Library |
     found = []
     for own, state, row in zip(layers, states, g[1:], strict=False):
         pull = torch.func.vjp(lambda *own, state=state: _torch_block(own, state, case["heads"]), *own)[1]
-        found.append([d.cpu().numpy() for d in pull(row)])
-    return np.concatenate([np.stack(of_all).ravel() for of_all in zip(*found, strict=True)])
+        found.append(pull(row))
+    return lib.vector([torch.stack(of_all) for of_all in zip(*found, strict=True)])
 
 
 def product_flops(case: dict[str, Any], method: Method) -> int:

@@ -81,13 +81,13 @@ def _test_all(table: str, case: dict[str, Any], pairs: list[tuple[Row, Method]],
     """Each method at a small size against its own definition in float64; once for all cases of its kind."""
     module = module_of(table)
     small = {**case, **module.CHECK}
-    new: dict[str, Iterator[Method]] = {}
+    new: dict[str, dict[Any, Method]] = {}
     for row, method in pairs:
         key = (json.dumps(small), row.library, row.method, row.k, row.chunk)
-        if row.library not in new:
-            new[row.library] = methods(small, method.library)
-        check = next(new[row.library])
+        if row.library not in new:  # by name: a size may have methods that another has not
+            new[row.library] = {_key(one): one for one in methods(small, method.library)}
         if not method.yardstick:
+            check = new[row.library][_key(method)]
             _TESTS[key] = _TESTS.get(key) or _error_or_reason(check, module.reference(small, check), _tolerance(case))
             row.check, row.failed = _TESTS[key]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import hbp
-from benchmarks.measure import Library, Method
+from benchmarks.measure import Library, Method, kept
 from benchmarks.scan import Parallel
 from hbp.backends._array import NumpyLike
 
@@ -43,6 +43,7 @@ CHECK = {"T": 240, "B": 2, "H": 5, "weights": 10.0}
 """Weights so large that no two iterates without chunks are alike."""
 
 
+@kept
 def problem(case: dict[str, Any]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Parameters as PyTorch draws them, times ``weights``; inputs (T, B, H) and cotangents of all states; float32."""
     rng, size, gates = np.random.default_rng(0), case["H"], 3 if case["cell"] == "gru" else 4
@@ -53,7 +54,7 @@ def problem(case: dict[str, Any]) -> tuple[list[np.ndarray], np.ndarray, np.ndar
     return params, x, dy
 
 
-def reference(case: dict[str, Any], method: Method | None = None, lib: Library | None = None) -> np.ndarray:
+def reference(case: dict[str, Any], method: Method | None = None, lib: Library | None = None) -> Any:
     """The gradient in float64, exact or a method's own iterate: by NumPy's plain definitions, or on a GPU."""
     params, x, dy = problem(case)
     plain = NumpyLike("numpy", np) if lib is None else None
@@ -68,7 +69,7 @@ def reference(case: dict[str, Any], method: Method | None = None, lib: Library |
     else:
         _, pull = hbp.cells.lstm(hbp.cells.LSTMParameters(*wide[:4]), wide[4], (state, state), backend=plain)
         found = pull((wide[5], None), **how)[0]
-    return np.concatenate([(d if lib is None else lib.numpy(d)).ravel() for d in found])
+    return np.concatenate([d.ravel() for d in found]) if lib is None else lib.vector(found)
 
 
 def product_flops(case: dict[str, Any], method: Method) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import hbp
-from benchmarks.measure import Library, Method
+from benchmarks.measure import Library, Method, kept
 from hbp.backends._array import ArrayBackend
 from hbp.core.registry import load
 from hbp.core.scan import hillis_steele
@@ -29,6 +29,7 @@ GPU_CASES = [
 CHECK = {"T": 37, "B": 2, "D": 5}
 
 
+@kept
 def problem(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Random gates in (0, 1), (T, B, D), or ones, and cotangents, (T+1, B, D): float32 in the case's precision."""
     rng, shape = np.random.default_rng(0), (case["B"], case["D"])
@@ -41,13 +42,13 @@ def problem(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return gates, c
 
 
-def reference(case: dict[str, Any], method: Method | None = None, lib: Library | None = None) -> np.ndarray:
+def reference(case: dict[str, Any], method: Method | None = None, lib: Library | None = None) -> Any:
     """The scan in float64: step by step, or on a device in sweeps, where so many steps would take too long."""
     gates, c = problem(case)
     if lib is not None:
         wide = [lib.array(x.astype(np.float64)) for x in (gates, c)]
         swept = hillis_steele(hbp.Diagonal(wide[0]), wide[1], Parallel(lib.name, lib.front_end.backend.xp))
-        return lib.numpy(swept).ravel()
+        return lib.vector([swept])
     g = c.astype(np.float64)
     for i in range(len(gates) - 1, -1, -1):
         g[i] += gates[i] * g[i + 1]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import hbp
-from benchmarks.measure import Library, Method
+from benchmarks.measure import Library, Method, kept
 from benchmarks.rnn import CHUNK, ITERATIONS
 from hbp.backends._array import NumpyLike
 
@@ -16,7 +16,7 @@ CASES = {
     "quick": [{"L": 64, "d": d, "B": B} for d, B in ((32, 4), (128, 32))],
     "full": [{"L": L, "d": d, "B": B} for L in (64, 256) for d in (32, 128) for B in (4, 32)],
 }
-GPU_CASES = [{"L": L, "d": d, "B": B} for L in (64, 256, 512) for d, B in ((64, 4), (256, 4), (256, 32))]
+GPU_CASES = [{"L": L, "d": d, "B": B} for d, B in ((64, 4), (256, 4), (256, 32)) for L in (64, 256, 512)]
 CHECK = {"L": 160, "d": 4, "B": 3}
 
 
@@ -24,6 +24,7 @@ WAYS = {False: {"": None}, True: {"": True, ", layer by layer": False}}
 """How PyTorch pulls layers back, by whether it is on a GPU: as hbp chooses, or all at once and one by one."""
 
 
+@kept
 def problem(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """U and W, (L, d, d), the input and the cotangent of the output, (B, d), float32."""
     rng, (length, size) = np.random.default_rng(0), (case["L"], case["d"])

@@ -170,3 +170,35 @@ def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HBP_KERNELS", "on")
     assert command.main(["scan", "--backends", "numpy", "--out", str(tmp_path)]) == 2
     assert "give one of auto, all, off" in capsys.readouterr().err
+
+
+def test_a_method_is_tested_as_itself(monkeypatch):
+    """Also where a size has fewer methods than the small one of the tests."""
+
+    def fewer(case, lib, real=scan.methods):
+        for method in real(case, lib):
+            if case == {**case, **scan.CHECK}:
+                yield replace(method, name="wrong, and of small sizes", forward=lambda f=method.forward: 2 * f())
+            yield method
+
+    monkeypatch.setattr(cases, "_TESTS", {})
+    lib = measure.library("numpy")
+    limits = {"numpy": {"copy_bytes_per_s": 1.0, "flops_per_s": 1.0}}
+    rows = cases.rows_of("scan", {"T": 9, "B": 2, "D": 3}, [lib], limits, 1, methods=fewer)
+    assert [row.failed for row in rows] == [None] * len(rows)
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_a_device_compares_its_own_results(name, monkeypatch):
+    torch = pytest.importorskip("torch", reason="it compares there")
+    pytest.importorskip(name, reason="whose results are compared")
+    lib = replace(measure.library(name), on_gpu=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    x = np.random.default_rng(0).standard_normal((3, 4), dtype=np.float32)
+    method = measure.Method("", lib, lambda: 0, None)
+    for dtype, error in (("float32", 0), ("bfloat16", 3e-3)):
+        found = method.result([lib.cast(lib.array(row), dtype) for row in x])
+        assert (type(found), found.dtype, found.shape) == (torch.Tensor, torch.float64, (12,))
+        assert measure.agreement(found, x.ravel().astype(np.float64)).error <= error
+        assert measure.agreement(x.ravel(), found).error <= error
+        assert measure.agreement(found, 2 * found).error == pytest.approx(0.5)

@@ -12,9 +12,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks.gpu import command, correctness, defaults, device, page
+from benchmarks.gpu import command, correctness, defaults, device, page, speed
 from benchmarks.gpu.record import COMPLETE, Record
-from benchmarks.gpu.steps import STEPS, Step, WrongError
+from benchmarks.gpu.steps import STEPS, Step, There, WrongError
+from benchmarks.measure import library
 from hbp.backends import _kernels, _measured
 from hbp.backends._measured import Measured, Place
 
@@ -372,3 +373,27 @@ def test_the_steps_are_those_of_the_command(capsys):
     assert sum(step.seconds for step in STEPS) <= 25 * 60
     assert sum(step.rehearsed for step in STEPS) > 0
     json.dumps([asdict(step) for step in STEPS])
+
+
+def test_what_decides_comes_first():
+    cases = speed.rnn_cases()
+    assert [case["B"] for case in cases[:18]] == [1] * 18
+    assert {case["T"] for case in cases[:18]} == {1024, 4096, 16384}
+    assert max(case["T"] * case["B"] * case["H"] for case in cases) <= speed.LARGEST
+
+
+def test_loops_over_very_many_steps_are_not_timed(tmp_path, monkeypatch):
+    timed = {}
+
+    def rows(there, table, case, found, methods):
+        timed[case["T"], case.get("dtype")] = {method.name for method in methods({**case, "B": 1, "D": 1}, found[0])}
+
+    monkeypatch.setattr(speed, "libraries", lambda there: [library("numpy")])
+    monkeypatch.setattr(speed, "IN_TURN", (("numpy",),))
+    monkeypatch.setattr(speed, "LOOPS", {"loop over steps, in place": 16384})
+    monkeypatch.setattr(speed, "_rows", rows)
+    for part in speed.scan(There(tmp_path, device.origin(rehearse=True), rehearse=False, deadline=0.0)):
+        part.run()
+    plain = {T: names for (T, dtype), names in timed.items() if dtype != "bfloat16"}
+    assert {T for T, names in plain.items() if "loop over steps, in place" in names} == {256, 1024, 4096, 16384}
+    assert all("hbp" in names for names in plain.values())

@@ -35,25 +35,32 @@ REHEARSED: dict[str, list[dict[str, Any]]] = {
 LARGEST = 2**28
 """Numbers in all states of a recurrent case; of larger ones a float64 reference does not fit beside its gates."""
 LONGEST = 4096
-"""Steps up to which a loop over them in Python is timed."""
+"""Steps up to which a loop over them in Python is timed: each takes about 10 launches, of 5 microseconds or more."""
+LOOPS = {"loop over steps": 16384, "jax.lax.scan": 16384}
+"""Up to how many steps a scan of one or two launches a step is timed: 2^20 of them take ten seconds."""
+IN_TURN = (("torch", "cupy"), ("jax",))
+"""Libraries of all cases before those which compile for each of them anew."""
 
 
 def rnn_cases() -> list[dict[str, Any]]:
-    """Those that decide first: small batches, then the others, long sequences last."""
+    """Those that decide first: small batches, of all lengths."""
     found = [
         {"cell": cell, "T": T, "B": B, "H": H, "weights": 1.0}
-        for T, (B, H), cell in product((1024, 4096, 16384), product((1, 4, 16, 64), (512, 64, 1024)), recurrent.BOTH)
+        for B, T, H, cell in product((1, 4, 16, 64), (1024, 4096, 16384), (512, 64, 1024), recurrent.BOTH)
     ]
     return [case for case in found if case["T"] * case["B"] * case["H"] <= LARGEST]
 
 
 def scan(there: There) -> Iterator[Part]:
-    """The suffix scan: all libraries on a case, kernels on."""
+    """The suffix scan, kernels on."""
     from benchmarks import scan as table
 
-    names = passed(there)
-    methods = with_kernels(table.methods, names, lambda method: method.name == "hbp")
-    return _parts(there, "scan", table.GPU_CASES, methods)
+    def short(case: dict[str, Any], lib: Library) -> Iterator[Method]:
+        return (one for one in table.methods(case, lib) if case["T"] <= LOOPS.get(one.name, case["T"]))
+
+    methods = with_kernels(short, passed(there), lambda method: method.name == "hbp")
+    for names in IN_TURN:
+        yield from _parts(there, "scan", table.GPU_CASES, methods, names)
 
 
 def rnn(there: There) -> Iterator[Part]:
@@ -71,19 +78,22 @@ def stack(there: There) -> Iterator[Part]:
     def methods(case: dict[str, Any], lib: Library) -> Iterator[Method]:
         return (m for m in table.methods(case, lib) if m.k in (None, 1, 3, 10) and "fixed" not in m.name)
 
-    return _parts(there, "stack", table.GPU_CASES, methods)
+    for names in IN_TURN:
+        yield from _parts(there, "stack", table.GPU_CASES, methods, names)
 
 
 def blocks(there: There) -> Iterator[Part]:
     """Transformer blocks."""
     from benchmarks import blocks as table
 
-    return _parts(there, "blocks", table.GPU_CASES, table.methods)
+    for names in IN_TURN:
+        yield from _parts(there, "blocks", table.GPU_CASES, table.methods, names)
 
 
 def memory(there: There) -> Iterator[Part]:
-    """Bytes kept, and the peak."""
-    return _parts(there, "memory", probes.GPU_CASES, probes.methods)
+    """Bytes kept, and the peak; CuPy tells neither."""
+    for name in ("torch", "jax"):
+        yield from _parts(there, "memory", probes.GPU_CASES, probes.methods, [name])
 
 
 def _layers(case: dict[str, Any], lib: Library) -> Iterator[Method]:
@@ -137,21 +147,22 @@ def _few(methods: Methods) -> Methods:
 
 
 def _parts(
-    there: There, table: str, sizes: list[dict[str, Any]], methods: Methods, names: Sequence[str] | None = None
+    there: There, table: str, sizes: list[dict[str, Any]], methods: Methods, names: Sequence[str]
 ) -> Iterator[Part]:
-    found = [lib for lib in libraries(there) if names is None or lib.name in names]
-    label = "" if names is None else f"{', '.join(names)}: "
+    found = [lib for lib in libraries(there) if lib.name in names]
     methods = _few(methods) if there.rehearse else methods
-    for case in REHEARSED[table] if there.rehearse else sizes:
+    for case in (REHEARSED[table] if there.rehearse else sizes) if found else ():
         title = " ".join(f"{name}={value}" for name, value in case.items() if name != "weights")
-        yield Part(label + title, partial(_rows, there, table, case, found, methods))
+        own = ", ".join(lib.name for lib in found)
+        yield Part(f"{own}: {title}", partial(_rows, there, table, case, found, methods))
 
 
 def _rows(
     there: There, table: str, case: dict[str, Any], found: list[Library], methods: Methods
 ) -> list[dict[str, Any]]:
     limits = {lib.name: limits_of(there, lib) for lib in found} if table != "memory" else {}
-    rows = cases.rows_of(table, case, found, limits, ROUNDS[there.rehearse], methods=methods)
+    long = table == "rnn" and case["T"] > LONGEST
+    rows = cases.rows_of(table, case, found, limits, 3 if long else ROUNDS[there.rehearse], methods=methods)
     _free()
     return [asdict(row) for row in rows]
 
