@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from benchmarks.gpu import command, correctness, defaults, device, page, speed
-from benchmarks.gpu.record import COMPLETE, Record
+from benchmarks.gpu.record import COMPLETE, OUT_OF_TIME, Record
 from benchmarks.gpu.steps import STEPS, Step, There, WrongError
 from benchmarks.measure import library
 from hbp.backends import _kernels, _measured
@@ -147,6 +147,34 @@ def test_time_that_is_left_goes_to_what_ran_out_of_it(planted, tmp_path, monkeyp
     assert record(folder, "slow").complete
 
 
+def test_a_limit_is_that_of_all_calls(planted, tmp_path):
+    """Called again and again for a few minutes, a long step does not eat what the steps after it need."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    origin = asdict(device.origin(rehearse=True))
+    Record(folder / "slow.json", origin, {"0": {"seconds": 1, "result": 0}}, ended=OUT_OF_TIME, seconds=20.0).write()
+    assert run(planted("slow", "good"), folder) == 0
+    assert ran(folder) == ["one", "three", *map(str, range(1, 8))]
+
+
+def test_one_command_at_a_time_and_no_room(planted, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), command._alone(tmp_path):
+        assert run(planted("good"), tmp_path) == 2
+        assert f"another command is at work in {tmp_path}" in capsys.readouterr().err
+        raise ZeroDivisionError
+
+    def full(record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Record, "write", full)
+    assert run(planted("good"), folder) == 2
+    assert capsys.readouterr().err == "benchmarks gpu: [Errno 28] No space left on device\n"
+    (tmp_path / "file").write_text("")
+    assert run(planted("good"), tmp_path / "file") == 2
+    assert "File exists" in capsys.readouterr().err
+
+
 KILLED = """
 import sys
 from benchmarks.gpu import command
@@ -169,9 +197,12 @@ def test_killed_and_started_again_it_goes_on(how, planted, tmp_path):
         time.sleep(0.02)
     first.send_signal(how)
     assert first.wait(20) == (143 if how == signal.SIGTERM else -signal.SIGKILL)
-    time.sleep(1.0)  # a child whose parent has gone ends after its part
-    before = ran(folder)
-    assert len(before) <= 5
+    before = len(ran(folder))
+    time.sleep(1.0)  # a child whose parent has gone ends too, at once
+    assert len(ran(folder)) <= before + 1
+    known = record(folder, "slow").parts
+    time.sleep(1.0)
+    assert record(folder, "slow").parts == known
     assert start().wait(60) == 0
     parts = ran(folder)
     assert set(parts) == {*map(str, range(8)), "one", "three"}

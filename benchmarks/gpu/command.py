@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 
@@ -26,27 +28,29 @@ def main(arguments: list[str], steps: Sequence[Step] = STEPS) -> int:
     try:
         _check(options, chosen)
         options.out.mkdir(parents=True, exist_ok=True)
-        records = [Record.of(options.out, step.name, origin(options.rehearse)) for step in chosen]
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"benchmarks gpu: {error}", file=sys.stderr)
-        return 2
-    for step, record in zip(chosen, records, strict=True):
-        record.retry(step.limit(options.rehearse) / 2)
-        if record.path.exists():
-            record.write()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step at work ends too
-    try:
-        _spend(options, chosen, monotonic() + 60 * options.minutes)
-    except ValueError as error:  # the code was changed meanwhile, or a file
+        with _alone(options.out):
+            failed = _run(options, chosen)
+            for made in page.write(options.out, steps):
+                print(f"wrote {made}")
+    except (ValueError, RuntimeError, OSError) as error:  # also later: the code was changed, or the disk is full
         print(f"benchmarks gpu: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("benchmarks gpu: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    for made in page.write(options.out, steps):
-        print(f"wrote {made}")
-    failed = [Record.of(options.out, step.name, origin(options.rehearse)).failed for step in chosen]
-    return int(any(failed))
+    return int(failed)
+
+
+def _run(options: argparse.Namespace, chosen: Sequence[Step]) -> bool:
+    """Spend the minutes on these steps; returns whether a part has failed, now or before."""
+    here = origin(options.rehearse)
+    for step, record in [(step, Record.of(options.out, step.name, here)) for step in chosen]:
+        record.retry(step.limit(options.rehearse) / 2)
+        if record.path.exists():
+            record.write()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step at work ends too
+    _spend(options, chosen, monotonic() + 60 * options.minutes)
+    return any(Record.of(options.out, step.name, here).failed for step in chosen)
 
 
 def _parser(steps: Sequence[Step]) -> argparse.ArgumentParser:
@@ -91,20 +95,38 @@ def _check(options: argparse.Namespace, chosen: Sequence[Step]) -> None:
         raise RuntimeError("there is no CUDA device (nvidia-smi shows those that the driver knows); or give --rehearse")
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else runs steps in the folder.
+
+    Raises:
+        RuntimeError: somebody does.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another command is at work in {folder}; wait, or give another --out") from None
+        yield
+
+
 def _spend(options: argparse.Namespace, chosen: Sequence[Step], end: float) -> None:
-    """Each step within its limit, then those that ran out of time with what is left."""
+    """Each step within its limit, of all calls together; then those that ran out of time with what is left."""
+    over = set()
     for again in (False, True):
         for number, step in enumerate(chosen, 1):
-            record = Record.of(options.out, step.name, origin(options.rehearse))
-            left = end - monotonic()
-            if record.complete or (again and record.ended != process.OUT_OF_TIME):
+            record, left = Record.of(options.out, step.name, origin(options.rehearse)), end - monotonic()
+            limit = left if again else min(step.limit(options.rehearse) - record.seconds, left)
+            if record.complete or step.name in over or (limit < WORTH and record.seconds):
                 continue
-            if left < (WORTH if again else 1):
-                print(f"{step.name}: not begun, {max(left, 0):.0f} s are left" if not record.parts else "", flush=True)
+            if limit < 1:
+                print(f"{step.name}: not begun, {max(left, 0):.0f} s are left", flush=True)
                 continue
-            limit = left if again else min(step.limit(options.rehearse), left)
             print(f"step {number}/{len(chosen)}, {step.name}: {step.what}; at most {limit:.0f} s", flush=True)
-            print(f"{step.name}: {_work(step, options, monotonic() + limit)}", flush=True)
+            ended = _work(step, options, monotonic() + limit)
+            print(f"{step.name}: {ended}", flush=True)
+            if ended != process.OUT_OF_TIME:
+                over.add(step.name)
 
 
 def _work(step: Step, options: argparse.Namespace, end: float) -> str:

@@ -5,6 +5,7 @@ python -m benchmarks.gpu.process STEP MODULE:FUNCTION FOLDER DEADLINE [--rehears
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from hbp.backends import _measured
 REHEARSAL = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"}
 MARGIN = 3.0
 """Seconds before its limit at which a process begins no more parts."""
+PARENT_DEATH = 1
+"""PR_SET_PDEATHSIG."""
 DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # other libraries live beside JAX
 
 
@@ -70,6 +73,8 @@ def main(arguments: list[str]) -> int:
     record.ended = None
     record.write()
     parent = os.getppid()
+    with suppress(OSError, AttributeError):  # on Linux, where devices are: no orphan keeps one busy
+        ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL)
     _measured.TABLE = defaults.searched(there.folder)  # the block sizes found before, for what comes after
     module, function = where.split(":")
     parts: list[Part] = list(getattr(import_module(module), function)(there))
@@ -87,7 +92,7 @@ def main(arguments: list[str]) -> int:
         _run(part, record, there)
         longest = max(longest, monotonic() - started)
         _tell(f"{name} {number}/{len(parts)}", part.name, record.parts[part.name])
-        if "failed" in record.parts[part.name] and not there.rehearse and _poisoned():
+        if not there.rehearse and _poisoned():  # a table's part goes on where a method fails
             return 3  # a new process goes on with the next part
     record.ended = COMPLETE
     record.write()

@@ -63,7 +63,7 @@ class There:
 
 
 STEPS = (
-    Step("machine", "benchmarks.gpu.machine:parts", 60, 40, "versions, copy bandwidth, product rates"),
+    Step("machine", "benchmarks.gpu.machine:parts", 90, 40, "versions, copy bandwidth, product rates"),
     Step("correctness", "benchmarks.gpu.correctness:parts", 300, 90, "tests of the kernels, races, memory errors"),
     Step("search", "benchmarks.gpu.search:parts", 150, 45, "block sizes of the kernels"),
     Step("scan", "benchmarks.gpu.speed:scan", 150, 40, "the suffix scan against copy bandwidth"),
