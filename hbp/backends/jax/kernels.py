@@ -302,6 +302,7 @@ def _launch(kernel: Callable[..., None], walk: _Walk, out: list[jax.ShapeDtypeSt
         out,
         grid=(-(-walk.channels * walk.chunks // lanes),),
         interpret=walk.maps.how.interpret,
+        name="suffix_scan",  # to profilers
         compiler_params=triton.CompilerParams(num_warps=lanes // 32),
     )
     return call(*arrays)
