@@ -13,9 +13,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns 0, 1 where something failed, 2 for bad input."""
     given = sys.argv[1:] if arguments is None else arguments
     module = COMMANDS.get(given[0]) if given else None
-    if module is not None:
-        return int(import_module(module).main(given[1:]))
-    return int(import_module("benchmarks.command").main(given))
+    try:
+        command = import_module(module or "benchmarks.command")
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "rich"):
+            raise
+        print(f"benchmarks: {error.name} is not installed; pip install matplotlib rich", file=sys.stderr)
+        return 2
+    return int(command.main(given[1:] if module else given))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from benchmarks import __main__ as everything
 from benchmarks.gpu import command, correctness, defaults, device, page, speed
 from benchmarks.gpu.record import COMPLETE, OUT_OF_TIME, Record
 from benchmarks.gpu.steps import STEPS, Step, There, WrongError
@@ -359,6 +360,8 @@ def test_defaults_follow_from_what_was_measured(tmp_path, monkeypatch):
     assert long == Measured("torch.suffix_scan", H200, True, source, {"warps": 8})
     assert (short.place, short.faster, short.settings) == (replace(H200, states=65), False, {})
     assert _measured.TABLE == ()
+    (row,) = defaults.searched(tmp_path)  # was compared with other block sizes alone
+    assert (row.place, row.faster, row.settings) == (H200, False, {"warps": 8})
     assert eval(defaults.source(rows).split(" = ")[1], {"Measured": Measured, "Place": Place}) == rows
     assert page.write(tmp_path)[0].read_text().count("Measured(") == 2
     monkeypatch.setattr(_measured, "TABLE", rows)
@@ -431,3 +434,14 @@ def test_loops_over_very_many_steps_are_not_timed(tmp_path, monkeypatch):
     plain = {T: names for (T, dtype), names in timed.items() if dtype != "bfloat16"}
     assert {T for T, names in plain.items() if "loop over steps, in place" in names} == {256, 1024, 4096, 16384}
     assert all("hbp" in names for names in plain.values())
+
+
+def test_what_is_missing_for_tables_is_one_sentence(monkeypatch, capsys):
+    def missing(module):
+        raise ModuleNotFoundError(module, name="matplotlib" if module == "benchmarks.report" else module)
+
+    monkeypatch.setattr(everything, "import_module", missing)
+    assert everything.main(["report", "folder"]) == 2
+    assert capsys.readouterr().err == "benchmarks: matplotlib is not installed; pip install matplotlib rich\n"
+    with pytest.raises(ModuleNotFoundError):
+        everything.main(["gpu"])

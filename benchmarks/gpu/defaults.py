@@ -22,12 +22,12 @@ def family(folder: Path) -> str:
 
 
 def searched(folder: Path) -> tuple[Measured, ...]:
-    """The block sizes of the search, which the steps after it use."""
+    """The block sizes of the search, which the steps after it use; whether a kernel is the faster way is not known."""
     record, source = _record(folder, "search"), str(folder / "search.json")
     found = []
     for one in record.results().values() if record else ():
         place = Place(family(folder), one["dtype"], one["states"], one["channels"])
-        found.append(Measured(one["kernel"], place, True, source, one["settings"]))
+        found.append(Measured(one["kernel"], place, False, source, one["settings"]))
     return tuple(found)
 
 
