@@ -16,6 +16,7 @@ from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.depth.exchange import LOCAL, Exchange, chosen
 from hbp.backends.torch.depth.ranks import Ranks
 from hbp.core.backend import Array
+from hbp.core.joining import one_each
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Scalar
 from hbp.linearization import WIDER, stack_maps
 
@@ -56,12 +57,12 @@ class RankBackend(TorchBackend):
     def _prepare(self, operator: LinearOperator, c: Tensor) -> None:
         """Agree on one kind of residual map, and on the exchange."""
         like = c[0]
-        product: LinearOperator = reduce(matmul, (operator[i : i + 1] for i in range(len(c) - 1)), Identity())
+        own = (operator[i : i + 1] for i in range(len(c) - 1))
+        product = one_each(reduce(matmul, own, Identity()), 1, like, LOCAL).bind(1, like, LOCAL)
         kind, shapes = type(product), [array.shape for array in product.arrays]
-        number = isinstance(product, Scalar) and not product.arrays  # another number on each rank
         index = WIDER.index(kind) if kind in WIDER else len(WIDER)
-        rows = self.ranks.agree("the backward pass", {}, [index, crc32(repr(shapes).encode()), number])
-        if number or any(row != rows[0] for row in rows):
+        rows = self.ranks.agree("the backward pass", {}, [index, crc32(repr(shapes).encode())])
+        if any(row != rows[0] for row in rows):
             widest = max(row[0] for row in rows)
             if widest > WIDER.index(Dense):
                 raise TypeError(
