@@ -9,11 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hbp.backends._depth import scan_over_ranks
 from hbp.backends.jax.array import JaxBackend, mesh_axes
 from hbp.backends.jax.chains import Layer, Tree, in_turn, varying
 from hbp.core.backend import Array
 from hbp.core.chain import Composed
 from hbp.core.operator import LinearOperator
+
+LOCAL = JaxBackend()
+"""What each device does alone."""
 
 
 def check_axis(axis: Any, params: Tree) -> None:
@@ -112,13 +116,16 @@ class DepthParallel(JaxBackend):
 
         A device's last state is the next one's first, and ``c[-1]`` enters there: nonzero on the last device only.
         """
-        own = super().propagate(operator, c)
         if len(c) == 1:
-            return own
+            return LOCAL.propagate(operator, c)
         length = len(c) - 1
-        product = Composed(operator.T, length, length, length).bind(1, c[0], self).T
-        starts, maps = jax.tree.map(lambda leaf: lax.all_gather(leaf, self.axis), (own[0], product))
-        here, entering = lax.axis_index(self.axis), jnp.zeros_like(own[0])
-        for device in range(self.devices - 1, 0, -1):
-            entering = jnp.where(device > here, starts[device] + maps[device][0].mv(entering), entering)
-        return own + super().propagate(operator, jnp.concatenate([jnp.zeros_like(c[:-1]), entering[None]]))
+        product = Composed(operator.T, length, length, length).bind(1, c[0], LOCAL).T
+
+        def entering(start: Array) -> Array:
+            starts, maps = jax.tree.map(lambda leaf: lax.all_gather(leaf, self.axis), (start, product))
+            here, found = lax.axis_index(self.axis), jnp.zeros_like(start)
+            for device in range(self.devices - 1, 0, -1):
+                found = jnp.where(device > here, starts[device] + maps[device][0].mv(found), found)
+            return found
+
+        return scan_over_ranks(LOCAL.propagate, operator, c, entering, LOCAL)
