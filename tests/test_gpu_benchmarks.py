@@ -325,6 +325,7 @@ def planted_results(folder):
         Record(folder / f"{step}.json", origin, {n: {"seconds": 1, "result": r} for n, r in results.items()}).write()
 
     where = {"family": "sm_90", "versions": {}, "missing": [], "unusable": {}, "processor": "", "cores": 1}
+    where |= {"minutes": 9.0, "fitting": ["machine"]}
     write("machine", {"environment": where})
     found = {"kernel": "torch.suffix_scan", "dtype": "float32", "states": 16385, "channels": 4096}
     write("search", {"one": {**found, "settings": {"warps": 8}, "ms": 1.0, "guessed_ms": 2.0, "tried": []}})
@@ -363,7 +364,9 @@ def test_defaults_follow_from_what_was_measured(tmp_path, monkeypatch):
     (row,) = defaults.searched(tmp_path)  # was compared with other block sizes alone
     assert (row.place, row.faster, row.settings) == (H200, False, {"warps": 8})
     assert eval(defaults.source(rows).split(" = ")[1], {"Measured": Measured, "Place": Place}) == rows
-    assert page.write(tmp_path)[0].read_text().count("Measured(") == 2
+    text = page.write(tmp_path)[0].read_text()
+    assert text.count("Measured(") == 2
+    assert "Of the 9 minutes of the first call there was room for the whole limits of machine;" in text
     monkeypatch.setattr(_measured, "TABLE", rows)
     assert _measured.settings("torch.suffix_scan", replace(H200, states=30000)) == {"warps": 8}
     for name, place in (
@@ -429,7 +432,7 @@ def test_loops_over_very_many_steps_are_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "IN_TURN", (("numpy",),))
     monkeypatch.setattr(speed, "LOOPS", {"loop over steps, in place": 16384})
     monkeypatch.setattr(speed, "_rows", rows)
-    for part in speed.scan(There(tmp_path, device.origin(rehearse=True), rehearse=False, deadline=0.0)):
+    for part in speed.scan(There(tmp_path, device.origin(rehearse=True), rehearse=False, deadline=0.0, end=0.0)):
         part.run()
     plain = {T: names for (T, dtype), names in timed.items() if dtype != "bfloat16"}
     assert {T for T, names in plain.items() if "loop over steps, in place" in names} == {256, 1024, 4096, 16384}

@@ -123,18 +123,18 @@ def _spend(options: argparse.Namespace, chosen: Sequence[Step], end: float) -> N
                 print(f"{step.name}: not begun, {max(left, 0):.0f} s are left", flush=True)
                 continue
             print(f"step {number}/{len(chosen)}, {step.name}: {step.what}; at most {limit:.0f} s", flush=True)
-            ended = _work(step, options, monotonic() + limit)
+            ended = _work(step, options, monotonic() + limit, end)
             print(f"{step.name}: {ended}", flush=True)
             if ended != process.OUT_OF_TIME:
                 over.add(step.name)
 
 
-def _work(step: Step, options: argparse.Namespace, end: float) -> str:
-    """Run a step until it is complete or its time is over; a process that dies is followed by another."""
+def _work(step: Step, options: argparse.Namespace, limit: float, end: float) -> str:
+    """Run a step until it is complete or its limit is there; a process that dies is followed by another."""
     known = -1
     while True:
-        ended = process.run(step, options.out, end - monotonic(), options.rehearse)
+        ended = process.run(step, options.out, limit - monotonic(), end, options.rehearse)
         parts = len(Record.of(options.out, step.name, origin(options.rehearse)).parts)
-        if ended in (process.COMPLETE, process.OUT_OF_TIME) or parts == known or end - monotonic() < 1:
+        if ended in (process.COMPLETE, process.OUT_OF_TIME) or parts == known or limit - monotonic() < 1:
             return ended
         known = parts

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from itertools import accumulate
 from shutil import which
+from time import monotonic
 from typing import Any
 
 from benchmarks.environment import best, environment, limits
@@ -47,11 +49,10 @@ def _environment(names: list[str], there: There) -> dict[str, Any]:
     missing = [f"{name} ({what})" for name, what in OPTIONAL.items() if find_spec(name) is None]
     missing += [] if which("compute-sanitizer") else ["compute-sanitizer (races and memory errors)"]
     unusable = {name: state.reason for name, state in available().items() if not state}
-    ends, total = {}, 0.0
-    for step in STEPS:
-        total += step.limit(there.rehearse)
-        ends[step.name] = round(total / 60, 1)
-    return {**found, **_cuda(), "missing": missing, "unusable": unusable, "minutes_by_the_end_of": ends}
+    left = there.end - monotonic()
+    ends = accumulate(step.limit(there.rehearse) for step in STEPS)
+    fitting = [step.name for step, end in zip(STEPS, ends, strict=True) if end <= left]
+    return {**found, **_cuda(), "missing": missing, "unusable": unusable, "minutes": left / 60, "fitting": fitting}
 
 
 def _cuda() -> dict[str, Any]:

@@ -48,6 +48,10 @@ def _head(records: dict[str, Record]) -> Iterator[str]:
     if there:
         versions = ", ".join(f"{name} {version}" for name, version in there["versions"].items())
         yield f"{there.get('driver') or ''} {there['processor']}, {there['cores']} cores. {versions}.".strip()
+        yield (
+            f"Of the {there['minutes']:.0f} minutes of the first call there was room for the whole limits of "
+            f"{', '.join(there['fitting']) or 'none'}; other steps had what these left."
+        )
         for what in ("missing", "unusable"):
             given = there[what]
             said = [f"{name}: {why}" for name, why in given.items()] if isinstance(given, dict) else given

@@ -1,6 +1,6 @@
 """One step in a process of its own: the parent's side, which limits it, and the child's, which runs the parts.
 
-python -m benchmarks.gpu.process STEP MODULE:FUNCTION FOLDER DEADLINE [--rehearse]
+python -m benchmarks.gpu.process STEP MODULE:FUNCTION FOLDER DEADLINE END [--rehearse]
 """
 
 from __future__ import annotations
@@ -31,10 +31,17 @@ PARENT_DEATH = 1
 DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # other libraries live beside JAX
 
 
-def run(step: Step, folder: Path, seconds: float, rehearse: bool) -> str:
-    """Run a step for so many seconds at most; returns how it ended, as its record says too."""
+def run(step: Step, folder: Path, seconds: float, end: float, rehearse: bool) -> str:
+    """Run a step for so many seconds at most, of a call that ends then; returns how it ended, as its record says."""
     deadline = monotonic() + seconds - min(MARGIN, seconds / 10)
-    command = [sys.executable, "-m", "benchmarks.gpu.process", step.name, step.parts, str(folder), str(deadline)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.process",
+        step.name,
+        step.parts,
+        *map(str, (folder, deadline, end)),
+    ]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     extra = REHEARSAL if rehearse else DEVICE
     environment = os.environ | extra | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
@@ -67,8 +74,8 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 def main(arguments: list[str]) -> int:
     """The child's side."""
-    name, where, folder, deadline, *flags = arguments
-    there = There(Path(folder), origin(bool(flags)), bool(flags), float(deadline))
+    name, where, folder, deadline, end, *flags = arguments
+    there = There(Path(folder), origin(bool(flags)), bool(flags), float(deadline), float(end))
     record = Record.of(there.folder, name, there.origin)
     record.ended = None
     record.write()

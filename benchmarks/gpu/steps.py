@@ -54,7 +54,9 @@ class There:
     origin: Origin
     rehearse: bool
     deadline: float
-    """By `time.monotonic`."""
+    """When the step ends, by `time.monotonic`."""
+    end: float
+    """When the call of the command ends."""
 
     def results(self, step: str) -> dict[str, Any]:
         """What a step before this one found; empty where it did not run."""
