@@ -62,6 +62,12 @@ def slow(there):
 """
 
 
+@pytest.fixture(autouse=True)
+def _once(request):
+    if "," in request.config.getoption("--backends"):
+        pytest.skip("no array library takes part: the session of NumPy alone runs this")
+
+
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
     """Steps of a module that only the processes of steps import."""
