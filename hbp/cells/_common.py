@@ -72,10 +72,10 @@ def own_code(
         return None, None
     given = [array for array in arrays if array is not None]
     plain = not solver.exact and solver == Solver(solver.iterations)
-    whole = backend.kernel(f"{cell}_adjoint", *given) if solver.exact else None
-    if whole is None and (solver.exact or plain):
-        in_place = backend.kernel(f"{cell}_in_place", *given)
-        whole = in_place and partial(in_place, iterations=solver.iterations)
+    whole = None
+    if solver.exact or plain:
+        whole = backend.kernel(f"{cell}_adjoint", *given) or backend.kernel(f"{cell}_in_place", *given)
+        whole = whole and partial(whole, iterations=solver.iterations)
     rounds = backend.kernel(f"{cell}_rounds", *given) if whole is None and plain else None
     return whole, rounds
 

@@ -68,6 +68,10 @@ def gru(
     0.75
     """
     resolved = check_cell(3, params, x, {"h0": h0}, backend)
+    run = resolved.kernel("gru_forward", x, h0, *(w for w in params if w is not None))
+    if run is not None:
+        h, gates = run(params, x, h0, True, resolved)
+        return h, GRUPullback(params, x, h0, h, resolved, gates)
     inputs = project(x, params.weight_ih, params.bias_ih)
 
     def step(h: Array, row: Array) -> Array:
@@ -122,17 +126,25 @@ class GRUPullback:
     h0: Array
     h: Array
     backend: Backend
+    gates: tuple[Array, Array] | None = None
+    """r, z, n, (T, B, 3H), and the candidate's recurrent part, (T, B, H), where a forward kept them."""
 
     @cached_property
     def _linearized(self) -> tuple[LinearizedChain, Array]:
         """The chain of steps, and the derivative of h[t] by the candidate's input pre-activation."""
         h = previous(self.h0, self.h, self.backend)
-        inputs = project(self.x, self.params.weight_ih, self.params.bias_ih)
-        r, z, n, candidate = _gates(self.params, inputs, h, self.backend)
+        r, z, n, candidate = self._gates(h)
         by_input = (1 - z) * (1 - n * n)
         by_recurrent = by_input * r
         gains = self.backend.stack([by_recurrent * (1 - r) * candidate, (h - n) * z * (1 - z), by_recurrent], axis=-2)
         return LinearizedChain(GRUBlocks(gains, self.params.weight_hh), Diagonal(z)), by_input
+
+    def _gates(self, h: Array) -> tuple[Array, Array, Array, Array]:
+        if self.gates is None:
+            inputs = project(self.x, self.params.weight_ih, self.params.bias_ih)
+            return _gates(self.params, inputs, h, self.backend)
+        (gates, candidate), size = self.gates, h.shape[-1]
+        return gates[..., :size], gates[..., size : 2 * size], gates[..., 2 * size :], candidate
 
     @property
     def chain(self) -> LinearizedChain:

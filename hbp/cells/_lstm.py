@@ -71,6 +71,10 @@ def lstm(
         raise TypeError(f"the initial state of an LSTM is a pair (h0, c0), not a {type(initial).__name__}")
     h0, c0 = initial
     resolved = check_cell(4, params, x, {"h0": h0, "c0": c0}, backend)
+    run = resolved.kernel("lstm_forward", x, h0, c0, *(w for w in params if w is not None))
+    if run is not None:
+        h, c, gates = run(params, x, (h0, c0), resolved)
+        return (h, c), LSTMPullback(params, x, (h0, c0), (h, c), resolved, gates)
     inputs = project(x, params.weight_ih, params.bias_ih, params.bias_hh)
 
     def step(state: tuple[Array, Array], row: Array) -> tuple[Array, Array]:
@@ -147,13 +151,22 @@ class LSTMPullback:
     initial: tuple[Array, Array]
     states: tuple[Array, Array | None]
     backend: Backend
+    gates: Array | None = None
+    """i, f, g, o, (T, B, 4H), where a forward kept them."""
+
+    def _gates(self, h: Array) -> tuple[Array, Array, Array, Array]:
+        if self.gates is None:
+            inputs = project(self.x, self.params.weight_ih, self.params.bias_ih, self.params.bias_hh)
+            return _gates(self.params, inputs, h, self.backend)
+        size = h.shape[-1]
+        i, f, g, o = (self.gates[..., n * size : (n + 1) * size] for n in range(4))
+        return i, f, g, o
 
     @cached_property
     def chain(self) -> LinearizedChain:
         """The T steps, linearised: residual path c[t-1] -> c[t] -> h[t], blocks the gates."""
         h = previous(self.initial[0], self.states[0], self.backend)
-        inputs = project(self.x, self.params.weight_ih, self.params.bias_ih, self.params.bias_hh)
-        i, f, g, o = _gates(self.params, inputs, h, self.backend)
+        i, f, g, o = self._gates(h)
         memory = _memory(i, f, g, self.initial[1], self.backend) if self.states[1] is None else self.states[1]
         c, tanh_c = previous(self.initial[1], memory, self.backend), self.backend.xp.tanh(memory)
         exposed = o * (1 - tanh_c * tanh_c)

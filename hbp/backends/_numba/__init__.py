@@ -5,6 +5,7 @@ interpreter's lock and are spread over threads by channels or batch entries; com
 """
 
 from hbp.backends._numba.adjoints import gru_adjoint, lstm_adjoint
+from hbp.backends._numba.forwards import gru_forward, lstm_forward
 from hbp.backends._numba.scan import suffix_scan, suffix_scan_
 
-__all__ = ["gru_adjoint", "lstm_adjoint", "suffix_scan", "suffix_scan_"]
+__all__ = ["gru_adjoint", "gru_forward", "lstm_adjoint", "lstm_forward", "suffix_scan", "suffix_scan_"]

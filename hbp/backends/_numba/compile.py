@@ -59,7 +59,7 @@ def compiled(*parameters: Argument) -> Callable[[Callable[..., None]], Callable[
         def of_dtype(dtype: Any) -> Callable[..., None]:
             kind = numba.from_dtype(dtype)
             signature = types.void(*(parameter(kind) for parameter in parameters))
-            options = {"nogil": True, "fastmath": {"contract"}}
+            options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
             try:
                 return numba.njit([signature], cache=True, **options)(function)  # type: ignore[no-any-return]
             except RuntimeError as error:

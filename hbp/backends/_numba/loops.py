@@ -1,7 +1,7 @@
-"""The loops of the exact adjoints: gates and their derivatives, and the step from one state's cotangent to the last.
+"""The loops of the GRU and the LSTM: forward, gates alone, and the way back from one state's cotangent to the last.
 
-All arrays hold the gates side by side on their last axis. A gate's sigmoid is ``(1 + tanh(a / 2)) / 2``; the tanh
-itself is the array library's, between two loops.
+All arrays hold the gates side by side on their last axis. The way back is exact where each step adds its product with
+the weights, a round of Highway-BP where what was pulled back before is added instead (`EXACT`, `ROUND`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ import numba
 import numpy as np
 
 from hbp.backends._numba.compile import compiled, contiguous, index, reads, writes
+from hbp.backends._numba.functions import OPTIONS, logistic, tanh
+
+APART, EXACT, ROUND = 0, 1, 2
+"""Where the product with the weights comes from: it is added between calls, or here, or taken from the round before."""
 
 
 @numba.njit(inline="always")
@@ -46,41 +50,71 @@ def _add_product(rows, weight, sums, start, stop):  # type: ignore[no-untyped-de
                 g[i] += a * w[i]
 
 
-@compiled(writes(2), writes(2), reads(1), reads(1), index, index)
-def gru_sum(
-    inputs: np.ndarray, recurrent: np.ndarray, bias_ih: np.ndarray, bias_hh: np.ndarray, start: int, stop: int
+@numba.njit(**OPTIONS)
+def _gru_row(a, rec, bias, q, size):  # type: ignore[no-untyped-def]
+    """From projections of the input and of the state to r, z, n in ``a`` and the candidate's recurrent part in ``q``."""
+    for i in range(2 * size):
+        a[i] = logistic(a[i] + rec[i] + bias[i])
+    for i in range(size):
+        q[i] = rec[2 * size + i] + bias[2 * size + i]
+        a[2 * size + i] = tanh(a[2 * size + i] + bias[3 * size + i] + a[i] * q[i])
+
+
+@compiled(writes(2), contiguous(2), contiguous(1), writes(2), index, index)
+def gru_gates(a: np.ndarray, rec: np.ndarray, bias: np.ndarray, q: np.ndarray, start: int, stop: int) -> None:
+    """The gates of N steps at once, from the projections of their inputs and states, (N, 3H); ``bias``: (4H,)."""
+    for row in range(start, stop):
+        _gru_row(a[row], rec[row], bias, q[row], q.shape[1])
+
+
+@compiled(*[writes(3)] * 3, writes(2), writes(2), contiguous(2), contiguous(1), *[index] * 6)
+def gru_run(
+    a: np.ndarray,
+    q: np.ndarray,
+    h: np.ndarray,
+    h0: np.ndarray,
+    rec: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    kept: int,
+    product: int,
+    first: int,
+    last: int,
+    start: int,
+    stop: int,
 ) -> None:
-    """Half the pre-activations of r and z, and both parts of n's with their biases, from the projections (N, 3H)."""
-    size = inputs.shape[1] // 3
-    half = inputs.dtype.type(0.5)
-    for row in range(start, stop):
-        x, h = inputs[row], recurrent[row]
-        for i in range(2 * size):
-            x[i] = half * (x[i] + h[i] + bias_ih[i] + bias_hh[i])
-        for i in range(2 * size, 3 * size):
-            x[i] += bias_ih[i]
-            h[i] += bias_hh[i]
+    """The forward: states and gates of the steps from ``first`` to ``last - 1``, of the batch entries from ``start`` on.
+
+    ``a``: the inputs' projections, (T, B, 3H), in whose place the gates r, z, n come; ``q``: (T, B, H), or (1, B, H)
+    where it is not ``kept``; ``rec``: (B, 3H), the product of the states before with ``weight``, (H, 3H), if not
+    computed here.
+    """
+    size = h.shape[2]
+    for t in range(first, last):
+        before = h[t - 1] if t else h0
+        if product:
+            rec[start:stop] = 0
+            _add_product(before, weight, rec, start, stop)
+        for b in range(start, stop):
+            gates, old, new = a[t, b], before[b], h[t, b]
+            _gru_row(gates, rec[b], bias, q[t * kept, b], size)
+            for i in range(size):
+                n = gates[2 * size + i]
+                new[i] = n + gates[size + i] * (old[i] - n)
 
 
-@compiled(writes(2), writes(2), index, index)
-def gru_candidate(inputs: np.ndarray, recurrent: np.ndarray, start: int, stop: int) -> None:
-    """N's pre-activation, ``a + r q``, from the tanh of the half of r's."""
-    size = inputs.shape[1] // 3
-    half = inputs.dtype.type(0.5)
-    for row in range(start, stop):
-        r, n, q = inputs[row, :size], inputs[row, 2 * size :], recurrent[row, 2 * size :]
-        for i in range(size):
-            n[i] += (half * r[i] + half) * q[i]
-
-
-@compiled(*[writes(3)] * 2, reads(2), *[reads(3)] * 2, writes(2), contiguous(2), *[index] * 5)
+@compiled(
+    *[contiguous(3)] * 2, reads(2), *[reads(3)] * 2, contiguous(3), writes(2), writes(3), contiguous(2), *[index] * 5
+)
 def gru_steps(
-    inputs: np.ndarray,
-    recurrent: np.ndarray,
+    gates: np.ndarray,
+    q: np.ndarray,
     h0: np.ndarray,
     h: np.ndarray,
     dh: np.ndarray,
+    pulled: np.ndarray,
     carry: np.ndarray,
+    d: np.ndarray,
     weight: np.ndarray,
     product: int,
     first: int,
@@ -88,69 +122,110 @@ def gru_steps(
     start: int,
     stop: int,
 ) -> None:
-    """From tanh'd gates to the cotangents of both pre-activations, in place, for the steps from ``last - 1`` to
-    ``first`` and the batch entries from ``start`` on; ``carry`` goes from the cotangent of a step's state to that of
-    the state before, which lacks the product with the weights where ``product`` is 0.
+    """The cotangents of the pre-activations n, r, z and the candidate's recurrent part, ``d``, (T, B, 4H), for the steps
+    from ``last - 1`` to ``first`` and the batch entries from ``start`` on; the last three are those of the product with
+    the recurrent weights. ``carry`` goes from the cotangent of a step's state to that of the state before.
     """
     size = carry.shape[1]
-    half, one = inputs.dtype.type(0.5), inputs.dtype.type(1)
+    one = gates.dtype.type(1)
     for t in range(last - 1, first - 1, -1):
         for b in range(start, stop):
             before = h[t - 1, b] if t else h0[b]
             entering, g = dh[t, b], carry[b]
-            r, z, n = inputs[t, b, :size], inputs[t, b, size : 2 * size], inputs[t, b, 2 * size :]
-            dr, dz, q = recurrent[t, b, :size], recurrent[t, b, size : 2 * size], recurrent[t, b, 2 * size :]
+            r, z, n = gates[t, b, :size], gates[t, b, size : 2 * size], gates[t, b, 2 * size :]
+            own, candidate = d[t, b], q[t, b]
             for i in range(size):
-                gi, ri, zi, ni = g[i] + entering[i], half * r[i] + half, half * z[i] + half, n[i]
-                dn = gi * (one - zi) * (one - ni * ni)
-                dq = dn * ri
-                g[i] = zi * gi
-                n[i] = dn
-                z[i] = dz[i] = gi * (before[i] - ni) * zi * (one - zi)
-                r[i] = dr[i] = dq * q[i] * (one - ri)
-                q[i] = dq
-        if product:
-            _add_product(recurrent[t], weight, carry, start, stop)
+                gi = g[i] + entering[i]
+                dn = gi * (one - z[i]) * (one - n[i] * n[i])
+                dq = dn * r[i]
+                g[i] = z[i] * gi
+                own[i] = dn
+                own[size + i] = dq * candidate[i] * (one - r[i])
+                own[2 * size + i] = gi * (before[i] - n[i]) * z[i] * (one - z[i])
+                own[3 * size + i] = dq
+        if product == EXACT:
+            _add_product(d[t, :, size:], weight, carry, start, stop)
+        elif product == ROUND:
+            for b in range(start, stop):
+                for i in range(size):
+                    carry[b, i] += pulled[t, b, i]
 
 
-@compiled(writes(2), reads(1), reads(1), index, index)
-def lstm_sum(a: np.ndarray, bias_ih: np.ndarray, bias_hh: np.ndarray, start: int, stop: int) -> None:
-    """Half the pre-activations of i, f and o, and g's, from their projections (N, 4H)."""
+@numba.njit(**OPTIONS)
+def _lstm_row(a, bias, size):  # type: ignore[no-untyped-def]
+    """From pre-activations without bias to i, f, g, o, in their place."""
+    for n in range(2 * size):
+        a[n] = logistic(a[n] + bias[n])
+    for n in range(2 * size, 3 * size):
+        a[n] = tanh(a[n] + bias[n])
+    for n in range(3 * size, 4 * size):
+        a[n] = logistic(a[n] + bias[n])
+
+
+@compiled(writes(2), contiguous(1), index, index)
+def lstm_gates(a: np.ndarray, bias: np.ndarray, start: int, stop: int) -> None:
+    """The gates i, f, g, o of N steps at once, from their pre-activations without bias, (N, 4H), in their place."""
     size = a.shape[1] // 4
-    half = a.dtype.type(0.5)
     for row in range(start, stop):
-        x = a[row]
-        for i in range(4 * size):
-            x[i] += bias_ih[i] + bias_hh[i]
-        for i in range(2 * size):
-            x[i] *= half
-        for i in range(3 * size, 4 * size):
-            x[i] *= half
+        _lstm_row(a[row], bias, size)
 
 
-@compiled(writes(3), reads(2), writes(3), index, index)
-def lstm_memory(a: np.ndarray, c0: np.ndarray, c: np.ndarray, start: int, stop: int) -> None:
-    """The states c from the tanh'd gates, one step after another."""
+@compiled(contiguous(3), reads(2), writes(3), index, index)
+def lstm_memory(gates: np.ndarray, c0: np.ndarray, c: np.ndarray, start: int, stop: int) -> None:
+    """The states c from the gates, one step after another."""
     size = c.shape[2]
-    half = a.dtype.type(0.5)
-    for t in range(a.shape[0]):
+    for t in range(gates.shape[0]):
         for b in range(start, stop):
             before = c[t - 1, b] if t else c0[b]
-            now, i, f, g = c[t, b], a[t, b, :size], a[t, b, size : 2 * size], a[t, b, 2 * size : 3 * size]
+            now, i, f, g = c[t, b], gates[t, b, :size], gates[t, b, size : 2 * size], gates[t, b, 2 * size : 3 * size]
             for n in range(size):
-                now[n] = (half * f[n] + half) * before[n] + (half * i[n] + half) * g[n]
+                now[n] = f[n] * before[n] + i[n] * g[n]
 
 
-@compiled(writes(3), reads(2), *[reads(3)] * 4, *[writes(2)] * 2, contiguous(2), *[index] * 5)
-def lstm_steps(
+@compiled(*[writes(3)] * 3, *[writes(2)] * 2, contiguous(2), contiguous(1), *[index] * 5)
+def lstm_run(
     a: np.ndarray,
+    h: np.ndarray,
+    c: np.ndarray,
+    h0: np.ndarray,
+    c0: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    product: int,
+    first: int,
+    last: int,
+    start: int,
+    stop: int,
+) -> None:
+    """The forward, as `gru_run`'s: ``a`` has the inputs' projections, (T, B, 4H), and, if not computed here, the
+    states' added; in its place the gates come.
+    """
+    size = h.shape[2]
+    for t in range(first, last):
+        if product:
+            _add_product(h[t - 1] if t else h0, weight, a[t], start, stop)
+        for b in range(start, stop):
+            gates, before, now, new = a[t, b], c[t - 1, b] if t else c0[b], c[t, b], h[t, b]
+            _lstm_row(gates, bias, size)
+            for n in range(size):
+                memory = gates[size + n] * before[n] + gates[n] * gates[2 * size + n]
+                now[n] = memory
+                new[n] = gates[3 * size + n] * tanh(memory)
+
+
+@compiled(
+    contiguous(3), reads(2), *[reads(3)] * 3, contiguous(3), *[writes(2)] * 2, writes(3), contiguous(2), *[index] * 5
+)
+def lstm_steps(
+    gates: np.ndarray,
     c0: np.ndarray,
     c: np.ndarray,
-    tanh_c: np.ndarray,
     dh: np.ndarray,
     dc: np.ndarray,
+    pulled: np.ndarray,
     carry_h: np.ndarray,
     carry_c: np.ndarray,
+    d: np.ndarray,
     weight: np.ndarray,
     product: int,
     first: int,
@@ -158,24 +233,28 @@ def lstm_steps(
     start: int,
     stop: int,
 ) -> None:
-    """The same as `gru_steps`, from tanh'd gates to the cotangents of their pre-activations."""
+    """The same as `gru_steps`: the cotangents of the pre-activations i, f, g, o, (T, B, 4H), from gates and states."""
     size = carry_h.shape[1]
-    half, one = a.dtype.type(0.5), a.dtype.type(1)
+    one = gates.dtype.type(1)
     for t in range(last - 1, first - 1, -1):
         for b in range(start, stop):
-            before = c[t - 1, b] if t else c0[b]
-            tanh, entering_h, entering_c, g_h, g_c = tanh_c[t, b], dh[t, b], dc[t, b], carry_h[b], carry_c[b]
-            gates = a[t, b]
-            i, f, g, o = gates[:size], gates[size : 2 * size], gates[2 * size : 3 * size], gates[3 * size :]
+            before, now = c[t - 1, b] if t else c0[b], c[t, b]
+            entering_h, entering_c, g_h, g_c, own = dh[t, b], dc[t, b], carry_h[b], carry_c[b], d[t, b]
+            i, f = gates[t, b, :size], gates[t, b, size : 2 * size]
+            g, o = gates[t, b, 2 * size : 3 * size], gates[t, b, 3 * size :]
             for n in range(size):
-                i_n, f_n, g_n, o_n = half * i[n] + half, half * f[n] + half, g[n], half * o[n] + half
+                exposed = tanh(now[n])
                 gh = g_h[n] + entering_h[n]
-                gc = g_c[n] + entering_c[n] + gh * o_n * (one - tanh[n] * tanh[n])
-                i[n] = gc * g_n * i_n * (one - i_n)
-                f[n] = gc * before[n] * f_n * (one - f_n)
-                g[n] = gc * i_n * (one - g_n * g_n)
-                o[n] = gh * tanh[n] * o_n * (one - o_n)
-                g_c[n] = f_n * gc
+                gc = g_c[n] + entering_c[n] + gh * o[n] * (one - exposed * exposed)
+                own[n] = gc * g[n] * i[n] * (one - i[n])
+                own[size + n] = gc * before[n] * f[n] * (one - f[n])
+                own[2 * size + n] = gc * i[n] * (one - g[n] * g[n])
+                own[3 * size + n] = gh * exposed * o[n] * (one - o[n])
+                g_c[n] = f[n] * gc
                 g_h[n] = 0
-        if product:
-            _add_product(a[t], weight, carry_h, start, stop)
+        if product == EXACT:
+            _add_product(d[t], weight, carry_h, start, stop)
+        elif product == ROUND:
+            for b in range(start, stop):
+                for n in range(size):
+                    carry_h[b, n] = pulled[t, b, n]
