@@ -53,6 +53,7 @@ def equal(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", ["batch", "one sequence", "packed", "initial states"])
+@pytest.mark.parametrize("forward", ["vendor", "gates", "states"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -63,7 +64,12 @@ def equal(found: Any, expected: Any) -> None:
         {"num_layers": 2, "bidirectional": True, "batch_first": True, "dropout": 0.4, "bias": False},
     ],
 )
-def test_values_are_bit_equal_and_exact_gradients_agree(kind, shape, options):
+def test_values_are_the_vendors_and_exact_gradients_agree(kind, shape, forward, options):
+    """Bit-equal from the vendor's own forward, to rounding from a compiled one, whatever that keeps."""
+    own = {"exact": "adjoint"}
+    if forward != "vendor":
+        pytest.importorskip("numba")
+        own |= {"compiled": True, "keep": forward}
     directions = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
     rows = (T, I) if shape == "one sequence" else (B, T, I) if options.get("batch_first") else (T, B, I)
     x = torch.randn(rows, dtype=torch.float64, requires_grad=True)
@@ -75,12 +81,12 @@ def test_values_are_bit_equal_and_exact_gradients_agree(kind, shape, options):
         first = options.get("batch_first", False)
         pack = torch.nn.utils.rnn.pack_padded_sequence
         wrap = lambda x: pack(x, LENGTHS, batch_first=first, enforce_sorted=False)  # noqa: E731
-    vendor, ours = pair(kind, **options)
+    vendor, ours = pair(kind, own=own, **options)
     expected_values, expected = values_and_gradients(vendor, x, states, wrap)
     for k, chunk in ((None, 1), (T, 1), (3, 3)):
         ours.iterations, ours.chunk = k, chunk
         values, gradients = values_and_gradients(ours, x, states, wrap)
-        equal(values, expected_values)
+        (equal if forward == "vendor" else lambda *both: close(*both, 1e-14))(values, expected_values)
         close(gradients, expected, 1e-12)
 
 
@@ -99,6 +105,63 @@ def test_iterates_are_those_of_the_cells(kind, k, chunk, residual):
     _, pullback = cell(weights, x.detach().numpy(), (zeros, zeros) if kind == "LSTM" else zeros)
     dparams, dx, _ = pullback((dy, None) if kind == "LSTM" else dy, k, chunk, residual)
     close(found, [torch.from_numpy(np.asarray(d)) for d in (*dparams, dx)], 1e-12)
+
+
+@pytest.mark.parametrize("keep", ["gates", "states"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_forward(kind, dtype, keep, monkeypatch):
+    """Off the vendor's by rounding, the same in every mode; its gates serve every iterate, twice, and after a write."""
+    forwards = pytest.importorskip("hbp.backends._numba.forwards")
+    vendor, ours = pair(kind, dtype, own={"iterations": 2, "compiled": True, "keep": keep}, num_layers=2)
+    _, plain = pair(kind, dtype, own={"iterations": 2}, num_layers=2)
+    x = (3 * torch.randn(40, B, I, dtype=dtype)).requires_grad_()
+    values, gradients = values_and_gradients(ours, x)
+    close(values, values_and_gradients(vendor, x)[0], 1e-6 if dtype == torch.float32 else 1e-14)
+    close(gradients, values_and_gradients(plain, x)[1], 1e-4 if dtype == torch.float32 else 1e-12)
+    for chunk in (1, 8):
+        plain.chunk = ours.chunk = chunk
+        close(
+            values_and_gradients(ours, x)[1],
+            values_and_gradients(plain, x)[1],
+            1e-4 if dtype == torch.float32 else 1e-12,
+        )
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            equal([ours.eval()(x)[0]], values[:1])
+    y = ours.train()(x)[0]
+    first = torch.autograd.grad(y.sum(), [x], retain_graph=True)
+    y.data.copy_(y)  # counted by nothing: not a write
+    equal(torch.autograd.grad(y.sum(), [x]), first)
+    y = ours(x)[0]
+    with torch.no_grad():
+        y.zero_()
+    close(torch.autograd.grad(y.sum(), [x]), first, 1e-12)
+    monkeypatch.setattr(forwards, "COMPILED", 0)  # the library's product at each step
+    close([ours(x)[0].detach()], values[:1], 1e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_there_is_no_compiled_forward_the_vendors_runs(kind, monkeypatch):
+    forwards = pytest.importorskip("hbp.backends._numba.forwards")
+    refused = lambda *_: pytest.fail("compiled")  # noqa: E731
+    monkeypatch.setattr(forwards.loops, f"{kind.lower()}_run", refused)
+    vendor, ours = pair(kind, torch.float32, own={"iterations": 2, "compiled": True})
+    x = torch.randn(T, B, I)
+    with pytest.raises(pytest.fail.Exception, match="compiled"):
+        ours(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        equal([ours(x)[0]], [vendor(x)[0]])
+    equal([ours.half()(x.half())[0]], [vendor.half()(x.half())[0]])
+    ours.float(), vendor.float()
+    ours.iterations, ours.exact = None, "library"
+    equal([ours(x)[0]], [vendor(x)[0]])
+    ours.iterations, ours.compiled = 2, "yes"
+    with pytest.raises(ValueError, match="compiled='yes'"):
+        ours(x)
+    ours.compiled, ours.keep = True, "all"
+    with pytest.raises(ValueError, match="keep='all'"):
+        ours(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

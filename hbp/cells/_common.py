@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from hbp.core.adjoint import highway
 from hbp.core.backend import Array, Backend, check_floating, check_shape
@@ -18,6 +18,16 @@ Whole: TypeAlias = Callable[..., tuple[Any, Any, Any]]
 """``(pullback, cotangents, with_inputs) -> (dparams, dx, dinitial)``."""
 Rounds: TypeAlias = Callable[[LinearizedChain, Array, int], Array]
 """``(chain, c, iterations)`` -> all of g."""
+
+
+Keep: TypeAlias = Literal["states", "gates"]
+"""What a forward keeps for the pullback, where it has the choice."""
+
+
+def check_keep(keep: Any) -> None:
+    """Raise ValueError unless ``keep`` is one of its values."""
+    if keep not in get_args(Keep):
+        raise ValueError(f"keep={keep!r}; give 'gates', or 'states' to compute the gates again")
 
 
 def sigmoid(x: Array, backend: Backend) -> Array:

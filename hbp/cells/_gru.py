@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from hbp.cells._common import (
+    Keep,
     check_cell,
     check_cotangent,
+    check_keep,
     first,
     matmul,
     merged,
@@ -42,7 +44,7 @@ class GRUParameters(NamedTuple):
 
 
 def gru(
-    params: GRUParameters, x: Array, h0: Array, *, backend: Backend | str | None = None
+    params: GRUParameters, x: Array, h0: Array, *, keep: Keep = "states", backend: Backend | str | None = None
 ) -> tuple[Array, GRUPullback]:
     """Run a GRU over a sequence and return all its states with its pullback.
 
@@ -50,6 +52,8 @@ def gru(
         params: the weights.
         x: the inputs, (T, B, I).
         h0: the initial state, (B, H).
+        keep: what a compiled forward keeps for the pullback beside the inputs: "states", or "gates" too, which takes
+            five times the memory and spares the pullback two products; another forward keeps the states.
         backend: a backend or its name, where it shall not be chosen by the library's rules.
 
     Returns:
@@ -67,10 +71,11 @@ def gru(
     >>> dh0.item()
     0.75
     """
+    check_keep(keep)
     resolved = check_cell(3, params, x, {"h0": h0}, backend)
     run = resolved.kernel("gru_forward", x, h0, *(w for w in params if w is not None))
     if run is not None:
-        h, gates = run(params, x, h0, True, resolved)
+        h, gates = run(params, x, h0, keep == "gates", resolved)
         return h, GRUPullback(params, x, h0, h, resolved, gates)
     inputs = project(x, params.weight_ih, params.bias_ih)
 

@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from hbp.cells._common import (
+    Keep,
     check_cell,
     check_cotangent,
+    check_keep,
     first,
     matmul,
     merged,
@@ -42,7 +44,12 @@ class LSTMParameters(NamedTuple):
 
 
 def lstm(
-    params: LSTMParameters, x: Array, initial: tuple[Array, Array], *, backend: Backend | str | None = None
+    params: LSTMParameters,
+    x: Array,
+    initial: tuple[Array, Array],
+    *,
+    keep: Keep = "states",
+    backend: Backend | str | None = None,
 ) -> tuple[tuple[Array, Array], LSTMPullback]:
     """Run an LSTM over a sequence and return all its states with its pullback.
 
@@ -50,6 +57,7 @@ def lstm(
         params: the weights.
         x: the inputs, (T, B, I).
         initial: the initial states ``(h0, c0)``, (B, H) each.
+        keep: as in `hbp.cells.gru`.
         backend: a backend or its name, where it shall not be chosen by the library's rules.
 
     Returns:
@@ -70,10 +78,12 @@ def lstm(
     if not isinstance(initial, tuple | list) or len(initial) != 2:
         raise TypeError(f"the initial state of an LSTM is a pair (h0, c0), not a {type(initial).__name__}")
     h0, c0 = initial
+    check_keep(keep)
     resolved = check_cell(4, params, x, {"h0": h0, "c0": c0}, backend)
     run = resolved.kernel("lstm_forward", x, h0, c0, *(w for w in params if w is not None))
     if run is not None:
         h, c, gates = run(params, x, (h0, c0), resolved)
+        gates = gates if keep == "gates" else None
         return (h, c), LSTMPullback(params, x, (h0, c0), (h, c), resolved, gates)
     inputs = project(x, params.weight_ih, params.bias_ih, params.bias_hh)
 

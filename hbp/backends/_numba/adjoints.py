@@ -212,7 +212,8 @@ def gru_bias(params: GRUParameters, dtype: Any) -> np.ndarray:
 def lstm_bias(params: LSTMParameters, dtype: Any) -> np.ndarray:
     """The sum of both biases, (4H,)."""
     size = 4 * params.weight_hh.shape[1]
-    return _bias(params.bias_ih, size, dtype) + _bias(params.bias_hh, size, dtype)
+    both: np.ndarray = _bias(params.bias_ih, size, dtype) + _bias(params.bias_hh, size, dtype)
+    return both
 
 
 def _bias(bias: Array | None, size: int, dtype: Any) -> np.ndarray:

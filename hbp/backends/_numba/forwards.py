@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ COMPILED = 1 << 16
 
 
 def gru_forward(
-    params: GRUParameters, x: Array, h0: Array, keep: bool, backend: object, threads: Threads | None = None
+    params: GRUParameters, x: Array, h0: Array, keep: bool, backend: Any, threads: Threads | None = None
 ) -> tuple[Array, tuple[Array, Array] | None]:
     """All states, (T, B, H), and for the way back the gates r, z, n, (T, B, 3H), and W_hn h + b_hn, (T, B, H), if kept.
 
@@ -52,7 +53,7 @@ def lstm_forward(
     params: LSTMParameters,
     x: Array,
     initial: tuple[Array, Array],
-    backend: object,
+    backend: Any,
     threads: Threads | None = None,
 ) -> tuple[Array, Array, Array]:
     """All states h and c, (T, B, H), and the gates i, f, g, o, (T, B, 4H)."""

@@ -52,7 +52,7 @@ def _add_product(rows, weight, sums, start, stop):  # type: ignore[no-untyped-de
 
 @numba.njit(**OPTIONS)
 def _gru_row(a, rec, bias, q, size):  # type: ignore[no-untyped-def]
-    """From projections of the input and of the state to r, z, n in ``a`` and the candidate's recurrent part in ``q``."""
+    """From projections of input and state to r, z, n in ``a``, and the candidate's recurrent part in ``q``."""
     for i in range(2 * size):
         a[i] = logistic(a[i] + rec[i] + bias[i])
     for i in range(size):
@@ -83,7 +83,7 @@ def gru_run(
     start: int,
     stop: int,
 ) -> None:
-    """The forward: states and gates of the steps from ``first`` to ``last - 1``, of the batch entries from ``start`` on.
+    """The forward: states and gates of the steps from ``first`` up to ``last``, of the batch entries from ``start`` on.
 
     ``a``: the inputs' projections, (T, B, 3H), in whose place the gates r, z, n come; ``q``: (T, B, H), or (1, B, H)
     where it is not ``kept``; ``rec``: (B, 3H), the product of the states before with ``weight``, (H, 3H), if not
@@ -122,7 +122,7 @@ def gru_steps(
     start: int,
     stop: int,
 ) -> None:
-    """The cotangents of the pre-activations n, r, z and the candidate's recurrent part, ``d``, (T, B, 4H), for the steps
+    """The cotangents ``d`` of the pre-activations n, r, z and the candidate's recurrent part, (T, B, 4H), for the steps
     from ``last - 1`` to ``first`` and the batch entries from ``start`` on; the last three are those of the product with
     the recurrent weights. ``carry`` goes from the cotangent of a step's state to that of the state before.
     """

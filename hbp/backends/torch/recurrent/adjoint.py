@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,12 @@ class RecurrentBackend(TorchBackend):
         if name == "gru_in_place":
             return gru_in_place if all(array.device.type == "cpu" for array in arrays) else None
         return super().kernel(name, *arrays)
+
+    def compiled(self, mode: str, tensors: Sequence[Tensor]) -> bool:
+        """Whether this library's own forward runs on such inputs and weights."""
+        if torch.is_autocast_enabled("cpu") or any(tensor.device.type != "cpu" for tensor in tensors):
+            return False
+        return self.kernel(f"{mode.lower()}_forward", *(tensor.detach() for tensor in tensors)) is not None
 
     def adjoint_pays(self, mode: str, x: Tensor, batch: int, hidden: int) -> bool:
         """Whether the exact adjoint of a "GRU" or an "LSTM" on such inputs is faster than torch's own backward."""

@@ -48,10 +48,48 @@ class Vendor:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """This library's own forward of one layer, outside any graph; called as `Vendor` is."""
+
+    lstm: bool
+    bidirectional: bool
+    keep: bool
+    """Whether the gates are kept for the way back, which computes them again otherwise."""
+
+    def __call__(
+        self, x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Outputs, final states, and what is kept: of each direction, in the order it runs, the states c first."""
+        (given,), lengths = _padded((x.detach(),), batch_sizes)
+        count = len(weights) // (2 if self.bidirectional else 1)
+        found = []
+        for d in range(len(weights) // count):
+            own = [weight.detach() for weight in weights[d * count : (d + 1) * count]]
+            found.append(self._direction(_turned(given, d, lengths), own, [state[d].detach() for state in states]))
+        outputs = [_turned(states[0], d, lengths) for d, (states, _) in enumerate(found)]
+        y = outputs[0] if len(found) == 1 else torch.cat(outputs, -1)
+        finals = [
+            torch.stack([_last(state, lengths) for state in part]) for part in zip(*(s for s, _ in found), strict=True)
+        ]
+        y = y if lengths is None else pack_padded_sequence(y, lengths).data
+        return y, *finals, *(tensor for _, kept in found for tensor in kept)
+
+    def _direction(
+        self, x: Tensor, weights: list[Tensor], initial: list[Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        run: Any = BACKEND.kernel("lstm_forward" if self.lstm else "gru_forward", x, *initial, *weights)
+        if self.lstm:
+            h, c, gates = run(LSTMParameters(*weights), x, tuple(initial), BACKEND)
+            return (h, c), (c, gates) if self.keep else ()
+        h, kept = run(GRUParameters(*weights), x, initial[0], self.keep, BACKEND)
+        return (h,), kept or ()
+
+
+@dataclass(frozen=True)
 class Options:
     """How one layer runs and is pulled back; it travels on the autograd context, so nothing ambient is read."""
 
-    vendor: Vendor
+    forward: Vendor | Compiled
     solver: Solver
     residual: LinearOperator | None
 
@@ -62,12 +100,13 @@ class RecurrentLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, batch_sizes: Tensor | None, x: Tensor, *tensors: Tensor) -> Any:
         """Run the vendor's kernel and keep what the pullback needs."""
-        ctx.options, ctx.count = options, 2 if options.vendor.lstm else 1
-        outputs = options.vendor(x, batch_sizes, tensors[: ctx.count], tensors[ctx.count :])
+        ctx.options, ctx.count, ctx.given = options, 2 if options.forward.lstm else 1, len(tensors)
+        outputs = options.forward(x, batch_sizes, tensors[: ctx.count], tensors[ctx.count :])
+        outputs, kept = outputs[: 1 + ctx.count], outputs[1 + ctx.count :]
         # The caller may write into y, as into torch's own: the memory is shared all the same, and such a write noticed.
         ctx.writes, ctx.autocast = write_counter(outputs[0]), autocast_of(x)[0]
         ctx.written = ctx.writes._version
-        ctx.save_for_backward(batch_sizes, x, outputs[0].data, *tensors)
+        ctx.save_for_backward(batch_sizes, x, outputs[0].data, *tensors, *kept)
         return outputs
 
     @staticmethod
@@ -75,10 +114,11 @@ class RecurrentLayer(torch.autograd.Function):
         """The gradients of x, of the initial states and of the weights."""
         refuse_second_derivatives('iterations=None, exact="library"', dy, *dfinals)
         batch_sizes, x, y, *rest = ctx.saved_tensors
+        rest, kept = rest[: ctx.given], rest[ctx.given :]
         given = (x, *rest)
         if ctx.writes._version != ctx.written:
             with ctx.autocast():
-                y = ctx.options.vendor(x, batch_sizes, rest[: ctx.count], rest[ctx.count :])[0]
+                y = ctx.options.forward(x, batch_sizes, rest[: ctx.count], rest[ctx.count :])[0]
         wide = torch.promote_types(y.dtype, rest[-1].dtype)  # autocast: the weights may be wider than the states
         sequences, lengths = _padded((x, y, dy), batch_sizes)
         sequences = tuple(tensor.to(wide) for tensor in sequences)
@@ -90,7 +130,8 @@ class RecurrentLayer(torch.autograd.Function):
             own, initial = weights[d * count : (d + 1) * count], [state[d] for state in states]
             with without_autocast(dy.device.type):  # the dtype was chosen above
                 seen = _seen(d, sequences, dfinals, lengths)
-                found, back, first = _pull(ctx.options, own, initial, *seen, ctx.needs_input_grad[2])
+                part = kept[d * len(kept) // directions : (d + 1) * len(kept) // directions]
+                found, back, first = _pull(ctx.options, own, initial, *seen, part, ctx.needs_input_grad[2])
             if back is not None:
                 back = _turned(back, d, lengths)
                 dx = back if dx is None else dx + back
@@ -124,18 +165,21 @@ def _pull(
     x: Tensor,
     h: Tensor,
     cotangents: list[Tensor],
+    kept: Sequence[Tensor],
     with_inputs: bool,
 ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
     """One direction by its cell's pullback: gradients of the weights, perhaps the inputs, and the initial states."""
     pullback: Any
-    if options.vendor.lstm:
-        pullback = LSTMPullback(LSTMParameters(*weights), x, (states[0], states[1]), (h, None), BACKEND)
+    if options.forward.lstm:
+        c, gates = kept or (None, None)
+        pullback = LSTMPullback(LSTMParameters(*weights), x, (states[0], states[1]), (h, c), BACKEND, gates)
         given: Any = (cotangents[0], cotangents[1])
     else:
-        pullback, given = GRUPullback(GRUParameters(*weights), x, states[0], h, BACKEND), cotangents[0]
+        pullback = GRUPullback(GRUParameters(*weights), x, states[0], h, BACKEND, tuple(kept) or None)
+        given = cotangents[0]
     residual = None if options.solver.exact else options.residual  # exact under any split
     dparams, dx, initial = pullback(given, residual=residual, solver=options.solver, with_inputs=with_inputs)
-    return [d for d in dparams if d is not None], dx, initial if options.vendor.lstm else (initial,)
+    return [d for d in dparams if d is not None], dx, initial if options.forward.lstm else (initial,)
 
 
 def _padded(sequences: tuple[Tensor, ...], batch_sizes: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -159,6 +203,13 @@ def _turned(x: Tensor, direction: int, lengths: Tensor | None) -> Tensor:
     ends = lengths.to(x.device)[None]
     source = torch.where(t < ends, ends - 1 - t, t)
     return x.gather(0, source[..., None].expand_as(x))
+
+
+def _last(states: Tensor, lengths: Tensor | None) -> Tensor:
+    """Each sequence's last state."""
+    if lengths is None:
+        return states[-1]
+    return states[lengths.to(states.device) - 1, torch.arange(len(lengths), device=states.device)]
 
 
 def _with_final(cotangents: Tensor, final: Tensor, lengths: Tensor | None) -> Tensor:

@@ -1,13 +1,13 @@
 """Drop-in `torch.nn.GRU` and `torch.nn.LSTM` whose backward pass is Highway-BP or an exact adjoint without a graph.
 
-The forward is the vendor's own kernel, layer by layer on detached tensors, in the caller's grad mode. Saved for the
-backward are each layer's inputs and outputs, nothing else of the size of a sequence: the gates are computed again,
-for all steps at once, and the LSTM's states c by a scan.
+The forward is the vendor's own kernel, or a compiled one, layer by layer on detached tensors, in the caller's grad
+mode. Saved for the backward are each layer's inputs and outputs and, where a compiled forward keeps them, the gates;
+else these are computed again, for all steps at once, and the LSTM's states c by a scan.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import PackedSequence
 from hbp.backends.torch.autograd import opaque, refuse_transforms, transformed
 from hbp.backends.torch.options import Scheduled
 from hbp.backends.torch.recurrent.adjoint import BACKEND
-from hbp.backends.torch.recurrent.layer import Options, RecurrentLayer, Vendor
+from hbp.backends.torch.recurrent.layer import Compiled, Options, RecurrentLayer, Vendor
+from hbp.cells._common import Keep, check_keep
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
@@ -46,6 +47,8 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         solver: Solver | None = None,
         residual: LinearOperator | None = None,
         exact: Exact | None = None,
+        compiled: bool = False,
+        keep: Keep = "gates",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -53,7 +56,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
             raise ValueError("proj_size is not supported; use torch.nn.LSTM, or a Linear after a layer without it")
         self.solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance)
         self.residual = residual
-        self.exact = exact
+        self.exact, self.compiled, self.keep = exact, compiled, keep
         self.options()
 
     def options(self) -> Options:
@@ -64,10 +67,15 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         """
         if self.exact not in (None, "adjoint", "library"):
             raise ValueError(f"exact={self.exact!r}; give 'adjoint', 'library', or None for the faster one")
+        if self.compiled not in (True, False):
+            raise ValueError(
+                f"compiled={self.compiled!r}; give True for this library's forward, False for the vendor's"
+            )
+        check_keep(self.keep)
         if self.residual is not None and not isinstance(self.residual, LinearOperator):
             raise TypeError(f"residual is a {type(self.residual).__name__}; give an operator, as hbp.Zero(), or None")
-        vendor = Vendor(self.mode == "LSTM", self.bias, self.training, self.bidirectional)
-        return Options(vendor, self.current(), self.residual)
+        forward = Vendor(self.mode == "LSTM", self.bias, self.training, self.bidirectional)
+        return Options(forward, self.current(), self.residual)
 
     def exact_path(self, input: Any) -> Exact:  # noqa: A002
         """The exact backward that ``iterations=None`` means for such an input; ``self.exact`` pins it.
@@ -98,8 +106,13 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         if not options.solver.exact:
             refuse_transforms()
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *given, *self._flat_weights))
-        if not tracked or (options.solver.exact and self.exact_path(input) == "library"):
+        library = options.solver.exact and self.exact_path(input) == "library"
+        own = self.compiled and not library and len(data) and BACKEND.compiled(self.mode, (data, *self._flat_weights))
+        if library or not (tracked or own):
             return super().forward(input, hx)
+        if own:
+            kept = tracked and self.keep == "gates"
+            options = replace(options, forward=Compiled(self.mode == "LSTM", self.bidirectional, kept))
         return self._highway(input, hx, given, options)
 
     def _checked(self, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]]:  # noqa: A002
@@ -175,9 +188,16 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
                 x = torch.nn.functional.dropout(x, self.dropout, self.training)
             weights = self._flat_weights[layer * count : (layer + 1) * count]
             own = tuple(state[layer * directions : (layer + 1) * directions] for state in states)
-            x, *final = RecurrentLayer.apply(options, sequence.batch_sizes, x, *own, *weights)
+            run = RecurrentLayer.apply if torch.is_grad_enabled() else _without_gradient
+            x, *final = run(options, sequence.batch_sizes, x, *own, *weights)
             finals.append(final)
         return x, tuple(torch.cat(state) for state in zip(*finals, strict=True))
+
+
+def _without_gradient(options: Options, batch_sizes: Tensor | None, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`RecurrentLayer` without its way back."""
+    count = 2 if options.forward.lstm else 1
+    return options.forward(x, batch_sizes, tensors[:count], tensors[count:])[: 1 + count]
 
 
 class GRU(_Recurrent, torch.nn.GRU):
@@ -191,6 +211,10 @@ class GRU(_Recurrent, torch.nn.GRU):
         solver: these three in one `hbp.Solver`, instead; all are attributes afterwards.
         residual: another residual path than the update gate's, as ``hbp.Zero()`` for the fixed point.
         exact: pins what None means: "adjoint" (this library's, without a graph) or "library" (torch's own).
+        compiled: whether the forward on a CPU is this library's, compiled by Numba: faster where batch and hidden size
+            are small, and off torch's by rounding (less than 1e-6 in float32, 1e-14 in float64). Torch's own runs where
+            there is none: on other devices, under autocast, in half precision, where ``exact`` means "library".
+        keep: what a compiled forward keeps for the backward: "gates" (fastest), or "states", the least memory.
 
     Outputs may be written into, as torch's own, but for writes that torch does not count, through ``.data`` or NumPy:
     those must wait for the backward. Second derivatives and batched cotangents need ``iterations=None,
