@@ -44,13 +44,13 @@ def gru_adjoint(
     def before(a: int, b: int) -> Array:
         return _before(pullback.h0, h, a, b, pullback.backend)
 
-    def gates(a: int, b: int) -> tuple[Array, ...]:
+    def gates(a: int, b: int, d: Array) -> tuple[Array, ...]:
         if pullback.gates is not None:
             return tuple(kept[a:b] for kept in pullback.gates)
-        return _gru_gates(params, pullback.x[a:b], before(a, b), threads)
+        return _gru_gates(pullback, pullback.x[a:b], before(a, b), d, threads)
 
     def steps(a: int, b: int, pulled: Array, d: Array) -> Callable[..., None]:
-        arrays = (*gates(a, b), h[a - 1] if a else pullback.h0, h[a:b], dh[a:b], pulled, carry, d)
+        arrays = (*gates(a, b, d), h[a - 1] if a else pullback.h0, h[a:b], dh[a:b], pulled, carry, d)
         return partial(loops.gru_steps(weight.dtype), *map(as_numpy, arrays), weight)
 
     # the cotangents come as those of n, r, z and the candidate's recurrent part
@@ -65,11 +65,14 @@ def gru_adjoint(
     return GRUParameters(by_gate[0], recurrent, *biases), dx, carry
 
 
-def _gru_gates(params: GRUParameters, x: Array, before: Array, threads: Threads) -> tuple[Array, Array]:
+def _gru_gates(pullback: GRUPullback, x: Array, before: Array, scratch: Array, threads: Threads) -> tuple[Array, Array]:
     """r, z, n, (T, B, 3H), and the candidate's recurrent part, (T, B, H), of all steps at once."""
-    a, rec, q = matmul(x, params.weight_ih.T), matmul(before, params.weight_hh.T), _empty(before, before.shape)
+    params, size = pullback.params, before.shape[-1]
+    a, q = matmul(x, params.weight_ih.T), _empty(before, before.shape)
     rows = _rows(a)
-    run = partial(loops.gru_gates(rows.dtype), rows, _rows(rec), gru_bias(params, rows.dtype), _rows(q))
+    rec = scratch.reshape((-1,))[: rows.size].reshape(rows.shape)
+    pullback.backend.xp.matmul(before.reshape((len(rows), size)), params.weight_hh.T, out=rec)
+    run = partial(loops.gru_gates(rows.dtype), rows, as_numpy(rec), gru_bias(params, rows.dtype), _rows(q))
     threads.run(run, len(rows), 8 * rows.size)
     return a, q
 
@@ -90,7 +93,7 @@ def lstm_adjoint(
 
     gates = pullback.gates
     if gates is None:
-        gates = _lstm_gates(params, pullback.x, before(0, len(h)), threads)
+        gates = _lstm_gates(pullback, before(0, len(h)), threads)
     if c is None:
         c = _empty(h, h.shape)
         memory = partial(loops.lstm_memory(weight.dtype), *map(as_numpy, (gates, c0, c)))
@@ -108,11 +111,13 @@ def lstm_adjoint(
     return LSTMParameters(weights, recurrent, *biases), dx, carries
 
 
-def _lstm_gates(params: LSTMParameters, x: Array, before: Array, threads: Threads) -> Array:
+def _lstm_gates(pullback: LSTMPullback, before: Array, threads: Threads) -> Array:
     """i, f, g, o of all steps at once, (T, B, 4H)."""
-    a = matmul(x, params.weight_ih.T)
-    a += matmul(before, params.weight_hh.T)
+    params = pullback.params
+    a = matmul(pullback.x, params.weight_ih.T)
     rows = _rows(a)
+    by_row = [part.reshape((len(rows), part.shape[-1])) for part in (a, before)]
+    pullback.backend.add_product(*by_row, params.weight_hh.T)
     run = partial(loops.lstm_gates(rows.dtype), rows, lstm_bias(params, rows.dtype))
     threads.run(run, len(rows), 8 * rows.size)
     return a

@@ -88,7 +88,7 @@ def tanh(x: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-@overload(tanh, jit_options=OPTIONS)
+@overload(tanh, jit_options=OPTIONS)  # type: ignore[untyped-decorator]
 def _(x: Any) -> Any:
     if x == types.float32:
         return lambda x: _tanh_single(x)
@@ -100,7 +100,7 @@ def logistic(x: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-@overload(logistic, jit_options=OPTIONS)
+@overload(logistic, jit_options=OPTIONS)  # type: ignore[untyped-decorator]
 def _(x: Any) -> Any:
     half = np.float32(0.5) if x == types.float32 else np.float64(0.5)
     return lambda x: half * tanh(half * x) + half
