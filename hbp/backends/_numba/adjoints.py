@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -113,11 +113,11 @@ def lstm_adjoint(
 
 def _lstm_gates(pullback: LSTMPullback, before: Array, threads: Threads) -> Array:
     """i, f, g, o of all steps at once, (T, B, 4H)."""
-    params = pullback.params
+    params, backend = pullback.params, cast(Any, pullback.backend)
     a = matmul(pullback.x, params.weight_ih.T)
     rows = _rows(a)
     by_row = [part.reshape((len(rows), part.shape[-1])) for part in (a, before)]
-    pullback.backend.add_product(*by_row, params.weight_hh.T)
+    backend.add_product(*by_row, params.weight_hh.T)
     run = partial(loops.lstm_gates(rows.dtype), rows, lstm_bias(params, rows.dtype))
     threads.run(run, len(rows), 8 * rows.size)
     return a
@@ -153,7 +153,7 @@ def _back(
     d = _empty(carry, (min(span, length), batch, 4 * size))
     recurrent, bias = _zeros(carry, weight.shape), _zeros(carry, (4 * size,))
     inputs = _zeros(carry, (weight.shape[0], x.shape[-1]))
-    dx = None if to_x is None else _empty(carry, x.shape)
+    dx = None
     for b in range(length, 0, -span):
         a = max(b - span, 0)
         rows = d[: b - a].reshape(((b - a) * batch, 4 * size))
@@ -166,7 +166,8 @@ def _back(
         backend.add_product(inputs, rows[:, columns[0]].T, x[a:b].reshape((len(rows), x.shape[-1])))
         backend.add_product(recurrent, rows[:, columns[1]].T, before(a, b).reshape((len(rows), size)))
         bias += rows.sum(0)
-        if dx is not None:
+        if to_x is not None:
+            dx = _empty(carry, x.shape) if dx is None else dx
             dx[a:b] = (rows[:, columns[0]] @ to_x).reshape((b - a, batch, x.shape[-1]))
     return inputs, recurrent, bias, dx
 
