@@ -88,8 +88,8 @@ def tanh(x: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-@overload(tanh, jit_options=OPTIONS)  # type: ignore[untyped-decorator]
-def _(x: Any) -> Any:
+@overload(tanh, jit_options=OPTIONS)
+def _(x):  # type: ignore[no-untyped-def]
     if x == types.float32:
         return lambda x: _tanh_single(x)
     return lambda x: _tanh_double(x)
@@ -100,7 +100,7 @@ def logistic(x: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-@overload(logistic, jit_options=OPTIONS)  # type: ignore[untyped-decorator]
-def _(x: Any) -> Any:
+@overload(logistic, jit_options=OPTIONS)
+def _(x):  # type: ignore[no-untyped-def]
     half = np.float32(0.5) if x == types.float32 else np.float64(0.5)
     return lambda x: half * tanh(half * x) + half
