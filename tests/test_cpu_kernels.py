@@ -199,6 +199,23 @@ def plain(pullback: Any, cotangents: Any, iterations: int | None = None) -> list
 
 @both_cells
 @both_dtypes
+def test_saturated_gates_are_shut(cell, dtype):
+    """Not up to rounding alone: what a gate loses at each step adds up."""
+    count, kind, forward = (3, GRUParameters, gru) if cell == "gru" else (4, LSTMParameters, lstm)
+    bias = np.array([-100, 100, 0] if cell == "gru" else [-100, 100, 100, 100], dtype)
+    params = kind(np.zeros((count, 1), dtype), np.zeros((count, 1), dtype), bias)
+    one = np.ones((1, 1), dtype)
+    states, pullback = forward(params, np.zeros((5000, 1, 1), dtype), one if cell == "gru" else (one, one))
+    last = states if cell == "gru" else states[1]
+    assert last[-1].item() == 1
+    d = np.zeros_like(last)
+    d[-1] = 1
+    found = pullback(d if cell == "gru" else (np.zeros_like(d), d))[2]
+    assert (found if cell == "gru" else found[1]).item() == 1
+
+
+@both_cells
+@both_dtypes
 @pytest.mark.parametrize("step", ["compiled", "library", "spans"])
 def test_adjoints_are_the_plain_pullback(cell, step, dtype, threads, monkeypatch, rng):
     monkeypatch.setattr(adjoints, "COMPILED", 0 if step == "library" else 1 << 40)

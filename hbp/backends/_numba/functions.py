@@ -40,10 +40,12 @@ def _float(typing, bits):  # type: ignore[no-untyped-def]
 
 @numba.njit(**OPTIONS)
 def _tanh_single(x):  # type: ignore[no-untyped-def]
-    """An odd polynomial over an even one, fitted on the range in which float32's tanh is below 1."""
+    """An odd polynomial over an even one, fitted up to ``most``; where 1 is nearest it is 1, since a gate that is not
+    shut would lose something at each step.
+    """
     f = np.float32
-    most = f(7.90531110763549805)
-    x = most if x > most else (-most if x < -most else x)
+    most, full = f(7.90531110763549805), f(9.01)
+    given, x = x, most if x > most else (-most if x < -most else x)
     y = x * x
     p = f(-2.76076847742355e-16) * y + f(2.00018790482477e-13)
     p = p * y + f(-8.60467152213735e-11)
@@ -54,7 +56,7 @@ def _tanh_single(x):  # type: ignore[no-untyped-def]
     q = f(1.19825839466702e-06) * y + f(1.18534705686654e-04)
     q = q * y + f(2.26843463243900e-03)
     q = q * y + f(4.89352518554385e-03)
-    return x * p / q
+    return f(1) if given > full else (f(-1) if given < -full else x * p / q)
 
 
 @numba.njit(**OPTIONS)
