@@ -142,6 +142,25 @@ def test_a_compiled_forward(kind, dtype, keep, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_forward_takes_what_the_vendors_takes(kind, monkeypatch):
+    """No step, and states of another class, are the vendor's; where the kernels are off later, the plain cell's."""
+    pytest.importorskip("numba")
+    vendor, ours = pair(kind, own={"iterations": T, "compiled": True}, batch_first=True)
+    with pytest.raises(RuntimeError, match="sequence length to be larger than 0"):
+        ours(torch.zeros(B, 0, I, dtype=torch.float64))
+    x = torch.randn(B, T, I, dtype=torch.float64, requires_grad=True)
+    state = torch.randn(1, B, H, dtype=torch.float64).as_subclass(type("Own", (torch.Tensor,), {}))
+    hx = (state, state) if kind == "LSTM" else state
+    equal([ours(x, hx)[0]], [vendor(x, hx)[0]])
+    (expected,) = torch.autograd.grad(vendor(x)[0].sum(), [x])
+    y = ours(x)[0]
+    with torch.no_grad():
+        y.zero_()
+    monkeypatch.setenv("HBP_KERNELS", "off")
+    close(torch.autograd.grad(y.sum(), [x]), [expected], 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_where_there_is_no_compiled_forward_the_vendors_runs(kind, monkeypatch):
     forwards = pytest.importorskip("hbp.backends._numba.forwards")
     refused = lambda *_: pytest.fail("compiled")  # noqa: E731
@@ -231,6 +250,10 @@ def test_copies_pickles_and_checkpoints(kind):
     for same in (copy.deepcopy(ours), torch.load(stored, weights_only=False)):
         assert (same.iterations, same.chunk) == (2, 3)
         equal(values_and_gradients(same, x)[1], expected)
+    older = copy.deepcopy(ours)
+    for name in ("compiled", "keep"):  # options that came later than what was stored
+        del older.__dict__[name]
+    equal(values_and_gradients(older, x)[1], expected)
     ours.residual = None
     expected = values_and_gradients(ours, x)[1]
     rerun = torch.utils.checkpoint.checkpoint(lambda x: ours(x)[0], x, use_reentrant=False)

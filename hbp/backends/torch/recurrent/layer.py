@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from hbp.backends.torch.autograd import autocast_of, refuse_second_derivatives, without_autocast, write_counter
 from hbp.backends.torch.recurrent.adjoint import BACKEND
-from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
+from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback, gru, lstm
+from hbp.cells._common import Keep
 from hbp.core.operator import LinearOperator
 from hbp.core.solver import Solver
 
@@ -77,12 +78,13 @@ class Compiled:
     def _direction(
         self, x: Tensor, weights: list[Tensor], initial: list[Tensor]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        run: Any = BACKEND.kernel("lstm_forward" if self.lstm else "gru_forward", x, *initial, *weights)
+        pullback: Any
+        keep: Keep = "gates" if self.keep else "states"
         if self.lstm:
-            h, c, gates = run(LSTMParameters(*weights), x, tuple(initial), BACKEND)
-            return (h, c), (c, gates) if self.keep else ()
-        h, kept = run(GRUParameters(*weights), x, initial[0], self.keep, BACKEND)
-        return (h,), kept or ()
+            (h, c), pullback = lstm(LSTMParameters(*weights), x, (initial[0], initial[1]), keep=keep, backend=BACKEND)
+            return (h, c), () if pullback.gates is None else (c, pullback.gates)
+        h, pullback = gru(GRUParameters(*weights), x, initial[0], keep=keep, backend=BACKEND)
+        return (h,), pullback.gates or ()
 
 
 @dataclass(frozen=True)

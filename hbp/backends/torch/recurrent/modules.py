@@ -38,6 +38,9 @@ class _Sequence:
 class _Recurrent(Scheduled, torch.nn.RNNBase):
     """What `GRU` and `LSTM` share. Their options are plain attributes; each forward reads them."""
 
+    compiled: bool = False  # here for layers that were stored before there were these options
+    keep: Keep = "gates"
+
     def __init__(
         self,
         *args: Any,
@@ -107,7 +110,8 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
             refuse_transforms()
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *given, *self._flat_weights))
         library = options.solver.exact and self.exact_path(input) == "library"
-        own = self.compiled and not library and len(data) and BACKEND.compiled(self.mode, (data, *self._flat_weights))
+        taking_part = (data, *given, *self._flat_weights)
+        own = self.compiled and not library and data.numel() and BACKEND.compiled(self.mode, taking_part)
         if library or not (tracked or own):
             return super().forward(input, hx)
         if own:
