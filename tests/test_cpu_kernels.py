@@ -215,6 +215,19 @@ def test_saturated_gates_are_shut(cell, dtype):
 
 
 @both_cells
+def test_cells_run_under_autocast(cell, rng):
+    torch = pytest.importorskip("torch")
+    pullback, d = problem(cell, rng, (5, 3, 4), "float32")
+    own = [
+        mapped(torch.from_numpy, v) for name, v in vars(pullback).items() if name in ("params", "x", "h0", "initial")
+    ]
+    forward, ours, expected = gru if cell == "gru" else lstm, mapped(torch.from_numpy, d), plain(pullback, d)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = leaves(forward(*own)[1](ours))
+    close([g.float() for g in found], expected, 4e-2)
+
+
+@both_cells
 @both_dtypes
 @pytest.mark.parametrize("step", ["compiled", "library", "spans"])
 def test_adjoints_are_the_plain_pullback(cell, step, dtype, threads, monkeypatch, rng):

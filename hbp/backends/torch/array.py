@@ -57,6 +57,8 @@ class TorchBackend(ArrayBackend):
         kinds, devices = {array.dtype for array in arrays}, {array.device.type for array in arrays}
         if devices == {"cuda"}:
             return CUDA_TORCH.find(name, partial(place, arrays[0]))
+        if name not in ("suffix_scan", "suffix_scan_") and torch.is_autocast_enabled("cpu"):
+            return None  # those with products are of one precision
         module = CPU.load() if len(kinds) == 1 and kinds <= {torch.float32, torch.float64} else None
         if module is None or devices != {"cpu"} or not hasattr(module, name):
             return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hbp.backends.torch.array import TorchBackend, suffix_scan_
+from hbp.backends.torch.autograd import without_autocast
 from hbp.cells import GRUParameters, GRUPullback
 from hbp.cells._spans import pull_in_spans, spans_of
 from hbp.core.chain import LinearizedChain
@@ -32,7 +33,7 @@ class RecurrentBackend(TorchBackend):
 
     def compiled(self, mode: str, tensors: Sequence[Tensor]) -> bool:
         """Whether this library's own forward runs on such inputs and weights."""
-        if torch.is_autocast_enabled("cpu") or any(tensor.device.type != "cpu" for tensor in tensors):
+        if any(tensor.device.type != "cpu" for tensor in tensors):
             return False
         return self.kernel(f"{mode.lower()}_forward", *(tensor.detach() for tensor in tensors)) is not None
 
@@ -40,7 +41,8 @@ class RecurrentBackend(TorchBackend):
         """Whether the exact adjoint of a "GRU" or an "LSTM" on such inputs is faster than torch's own backward."""
         if x.device.type != "cpu":
             return False
-        compiled = self.kernel(f"{mode.lower()}_adjoint", x.detach()) is not None
+        with without_autocast("cpu"):  # as the backward runs
+            compiled = self.kernel(f"{mode.lower()}_adjoint", x.detach()) is not None
         return batch * hidden**2 < ADJOINT_SIZES[mode, compiled]
 
 
