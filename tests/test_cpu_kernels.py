@@ -356,6 +356,7 @@ def test_the_path_is_logged_once_and_a_broken_compiler_is_a_warning(caplog, monk
     _kernels.Kernels._loaded.cache_clear()
     paths = [record.message.split(": ", 1)[1].split(",")[0] for record in caplog.records]
     assert paths == ["numba: suffix scan", "plain (HBP_KERNELS=off)", "numba: suffix scan"]
+    assert {name.rstrip("_") for name in _numba.__all__} == set(_kernels.CPU.names)  # none runs unnamed
 
 
 def run(code: str, **environment: str) -> str:

@@ -175,6 +175,7 @@ def test_where_there_is_no_compiled_forward_the_vendors_runs(kind, monkeypatch):
     ours.float(), vendor.float()
     ours.iterations, ours.exact = None, "library"
     equal([ours(x)[0]], [vendor(x)[0]])
+    assert "compiled=True, keep='gates'" in repr(ours)
     ours.iterations, ours.compiled = 2, "yes"
     with pytest.raises(ValueError, match="compiled='yes'"):
         ours(x)

@@ -110,7 +110,8 @@ class Kernels:
             return None
 
 
-CPU = Kernels("numba", "_numba", "numba", ("suffix_scan", "gru_adjoint", "lstm_adjoint"), everywhere=True)
+CELLS = ("gru_forward", "gru_adjoint", "lstm_forward", "lstm_adjoint")
+CPU = Kernels("numba", "_numba", "numba", ("suffix_scan", *CELLS), everywhere=True)
 CUDA_TORCH = Kernels("torch", "torch.kernels", "triton", ("suffix_scan", "gru_rounds", "lstm_rounds"))
 CUDA_CUPY = Kernels("cupy", "cupy.kernels", "cupy", ("suffix_scan",))
 CUDA_JAX = Kernels("jax", "jax.kernels", "jax", ("suffix_scan",))

@@ -75,8 +75,8 @@ def own_code(
 ) -> tuple[Whole | None, Rounds | None]:
     """Which code of the backend's own computes a cell's backward pass; where it has none, the core does.
 
-    The whole pass: "adjoint" if exact backprop is asked for, or "in_place", that or rounds on single steps. The rounds
-    alone: "rounds", on single steps. This is the only place that decides.
+    The whole pass, exact or in rounds on single steps: "adjoint", else "in_place". The rounds alone, on single steps:
+    "rounds". This is the only place that decides.
     """
     if residual is not None:
         return None, None

@@ -122,8 +122,8 @@ class GRUBlocks(Pullbacks):
 class GRUPullback:
     """The pullback of `gru` at a point; it needs no more than the inputs and the states.
 
-    The gates are computed again, for all steps at once, when it is first called: change none of the weights, inputs
-    and states in place before.
+    Gates that the forward did not keep are computed again, for all steps at once: by its compiled form at each call,
+    else at the first. Change none of the weights, inputs and states in place before.
     """
 
     params: GRUParameters

@@ -57,7 +57,7 @@ def lstm(
         params: the weights.
         x: the inputs, (T, B, I).
         initial: the initial states ``(h0, c0)``, (B, H) each.
-        keep: as in `hbp.cells.gru`.
+        keep: as in `hbp.cells.gru`; the gates take three times the memory of the states alone.
         backend: a backend or its name, where it shall not be chosen by the library's rules.
 
     Returns:
@@ -152,8 +152,8 @@ class LSTMPullback:
 
     Where the states c are not at hand (None), they are one scan, since the gates depend on h alone.
 
-    The gates are computed again, for all steps at once, when it is first called: change none of the weights, inputs
-    and states in place before.
+    Gates that the forward did not keep are computed again, for all steps at once: by its compiled form at each call,
+    else at the first. Change none of the weights, inputs and states in place before.
     """
 
     params: LSTMParameters

@@ -2,6 +2,9 @@
 
 All arrays hold the gates side by side on their last axis. The way back is exact where each step adds its product with
 the weights, a round of Highway-BP where what was pulled back before is added instead (`EXACT`, `ROUND`).
+
+Numba compiles these anew when this file has changed, not when `functions` alone has, whose code is compiled into them:
+who works on that file deletes the cached code (``__pycache__/*.nb?``).
 """
 
 from __future__ import annotations

@@ -97,11 +97,11 @@ class Options:
 
 
 class RecurrentLayer(torch.autograd.Function):
-    """Inputs (T, B, I) or packed, initial states, weights -> the vendor's outputs y, and final h (and c)."""
+    """Inputs (T, B, I) or packed, initial states, weights -> the forward's outputs y, and final h (and c)."""
 
     @staticmethod
     def forward(ctx: Any, options: Options, batch_sizes: Tensor | None, x: Tensor, *tensors: Tensor) -> Any:
-        """Run the vendor's kernel and keep what the pullback needs."""
+        """Run the layer and keep what the pullback needs."""
         ctx.options, ctx.count, ctx.given = options, 2 if options.forward.lstm else 1, len(tensors)
         outputs = options.forward(x, batch_sizes, tensors[: ctx.count], tensors[ctx.count :])
         outputs, kept = outputs[: 1 + ctx.count], outputs[1 + ctx.count :]

@@ -100,6 +100,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         own = f", solver={self.solver}"
         own += "" if self.residual is None else f", residual={self.residual}"
         own += "" if self.exact is None else f", exact={self.exact!r}"
+        own += f", compiled=True, keep={self.keep!r}" if self.compiled else ""
         return f"{super().extra_repr()}{own}"
 
     def forward(self, input: Any, hx: Any = None) -> Any:  # noqa: A002 - the vendor's name
@@ -217,7 +218,8 @@ class GRU(_Recurrent, torch.nn.GRU):
         exact: pins what None means: "adjoint" (this library's, without a graph) or "library" (torch's own).
         compiled: whether the forward on a CPU is this library's, compiled by Numba: faster where batch and hidden size
             are small, and off torch's by rounding (less than 1e-6 in float32, 1e-14 in float64). Torch's own runs where
-            there is none: on other devices, under autocast, in half precision, where ``exact`` means "library".
+            there is none: on other devices, under autocast, inside `torch.compile`, in half precision, where None means
+            "library".
         keep: what a compiled forward keeps for the backward: "gates" (fastest), or "states", the least memory.
 
     Outputs may be written into, as torch's own, but for writes that torch does not count, through ``.data`` or NumPy:
