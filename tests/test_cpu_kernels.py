@@ -214,6 +214,20 @@ def test_saturated_gates_are_shut(cell, dtype):
     assert (found if cell == "gru" else found[1]).item() == 1
 
 
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+@both_cells
+def test_gradients_may_be_written_into(cell, kernels, convert, monkeypatch, rng):
+    """Clipping in place scales each of them once."""
+    monkeypatch.setenv(_kernels.VARIABLE, kernels)
+    pullback, d = problem(cell, rng, (5, 3, 4), "float64")
+    own = [mapped(convert, value) for name, value in vars(pullback).items() if name not in ("backend", "gates")]
+    found = leaves(type(pullback)(*own, resolve(None, own[1]))(mapped(convert, d)))
+    expected = [np.asarray(g) / 2 for g in found]
+    for g in found:
+        g /= 2
+    close(found, expected, 0)
+
+
 @both_cells
 def test_cells_run_under_autocast(cell, rng):
     torch = pytest.importorskip("torch")

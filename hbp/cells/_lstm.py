@@ -235,5 +235,5 @@ class LSTMPullback:
             weight_gradient(a, self.x),
             weight_gradient(a, previous(self.initial[0], self.states[0], self.backend)),
             None if self.params.bias_ih is None else bias,
-            None if self.params.bias_hh is None else bias,
+            None if self.params.bias_hh is None else self.backend.concat([bias]),  # apart: they may be written into
         )

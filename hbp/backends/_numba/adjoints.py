@@ -107,7 +107,8 @@ def lstm_adjoint(
 
     columns, to_x = (slice(0, 4 * size),) * 2, params.weight_ih if with_inputs else None
     weights, recurrent, bias, dx = _back(pullback, before, steps, carries, columns, to_x, iterations, threads)
-    biases = [None if given is None else bias for given in (params.bias_ih, params.bias_hh)]
+    given = (params.bias_ih, bias), (params.bias_hh, pullback.backend.concat([bias]))  # apart: they may be written into
+    biases = [None if own is None else part for own, part in given]
     return LSTMParameters(weights, recurrent, *biases), dx, carries
 
 
