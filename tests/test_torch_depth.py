@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
 import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import hbp  # noqa: E402
 
@@ -436,3 +437,39 @@ def test_dropout_draws_by_layer_however_many_ranks_there_are(ranks):
             found |= own_weights
         assert found.keys() == weights.keys()
         close([found[name] for name in weights], list(weights.values()))
+
+
+def tied_on(mesh: Any) -> Any:
+    layers, _ = model("identity", 5)
+    layers[1] = layers[0]
+    stack = hb.DepthParallel(*layers[own((3, 2), mesh.get_local_rank())], mesh=mesh, iterations=1)
+    torch.cos(stack(inputs())).sum().backward()
+    return numpy(p.grad for p in stack.parameters())
+
+
+def test_layers_of_one_rank_may_have_parameters_in_common(ranks):
+    layers, _ = model("identity", 5)
+    layers[1] = layers[0]
+    torch.cos(nn.Sequential(*layers)(inputs())).sum().backward()
+    for rank, found in enumerate(ranks(tied_on, ranks=2)):
+        close(found, numpy(p.grad for p in nn.Sequential(*layers[own((3, 2), rank)]).parameters()))
+
+
+def again(stack: Any, x: Any) -> None:
+    """Checkpointed as a whole, and its result written into."""
+    y = checkpoint(stack, x, use_reentrant=False)
+    torch.cos(y.mul_(2)).sum().backward()
+
+
+def again_on(mesh: Any, k: Any) -> Any:
+    stack = piece("rectified", (1, 2), mesh, iterations=k)
+    again(stack, inputs())
+    return numpy(p.grad for p in stack.parameters())
+
+
+@pytest.mark.parametrize("k", [1, None])
+def test_a_stack_may_be_checkpointed_and_its_result_written_into(ranks, k):
+    layers, _ = model("rectified", 3)
+    again(nn.Sequential(*layers), inputs())
+    for rank, found in enumerate(ranks(again_on, k, ranks=2)):
+        close(found, numpy(p.grad for layer in layers[own((1, 2), rank)] for p in layer.parameters()))

@@ -98,6 +98,23 @@ def test_ranks_at_different_points_say_so(ranks):
         assert "the backward pass: the call is 2 on rank 0, 1 on rank 1 and 2" in passes
 
 
+def asked_on(mesh: Any) -> str:
+    """The gradients of the parameters alone, where ranks take turns; then those of x too."""
+    stack = piece("identity", HERE, mesh)
+    wanted = list(stack.parameters())
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        torch.autograd.grad(stack(inputs()).sum(), wanted)
+    x = inputs().requires_grad_()
+    assert all(g is not None for g in torch.autograd.grad(stack(x).sum(), [x, *wanted]))
+    return str(caught.value)
+
+
+def test_gradients_that_would_leave_the_ranks_before_waiting_are_refused(ranks):
+    answers = ranks(asked_on, ranks=3)
+    assert len(set(answers)) == 1
+    assert answers[0].startswith("rank 1 and 2: with iterations=None the ranks before wait for the gradient of")
+
+
 def built_on(mesh: Any) -> None:
     layers = [hb.Residual(block()) for _ in range(2)]
     with pytest.raises(

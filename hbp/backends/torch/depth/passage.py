@@ -25,6 +25,11 @@ from hbp.backends.torch.stack.run import Run
 from hbp.core.chain import Composed
 from hbp.core.operator import LinearOperator
 
+SKIPPED = (
+    "with iterations=None the ranks before wait for the gradient of this one's first state, and only others are asked "
+    "for; call backward() without inputs=, or name x among them"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Agreed:
@@ -41,9 +46,11 @@ class Agreed:
     input_needed: bool
     """Whether the first state's gradient is wanted, on whichever rank."""
 
-    def opened(self) -> None:
-        """Begin the backward pass of a call, all at once."""
-        self.ranks.agree("the backward pass", {"the call": self.number})
+    def opened(self, entered: Any) -> None:
+        """Begin the backward pass of a call, all at once; in turns ``entered``, an `Enter` node, hands on."""
+        waited_for = self.ranks.count > 1 and (self.input_needed or not self.ranks.first)
+        skipped = entered is not None and waited_for and not torch._C._will_engine_execute_node(entered)
+        self.ranks.agree("the backward pass", {"the call": self.number}, [], SKIPPED if skipped else "")
 
     def shared(self, dx: Tensor, others: list[Tensor]) -> list[Tensor | None]:
         """The first rank's gradient of the first state, and the sums of the others', on all ranks."""
@@ -71,18 +78,21 @@ class Leave(torch.autograd.Function):
     """A rank's last state -> the whole stack's, whose cotangent counts on the last rank."""
 
     @staticmethod
-    def forward(ctx: Any, agreed: Agreed, final: Tensor, y: Tensor) -> Tensor:
-        ctx.agreed = agreed
-        return y.detach() if agreed.ranks.last else final
+    def forward(ctx: Any, agreed: Agreed, entered: Any, final: Tensor, y: Tensor) -> Tensor:
+        ctx.agreed, ctx.entered = agreed, entered
+        # Nothing, but all ranks come here first: to be told of a second backward, or to run a checkpointed stack again.
+        ctx.save_for_backward(y.new_empty(0))
+        return (y if agreed.ranks.last else final).detach()  # either may be written into
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None, Tensor | None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None, None, Tensor | None]:
         refuse_second_derivatives("iterations=None on one process", cotangent)
         agreed = ctx.agreed
-        agreed.opened()
+        assert ctx.saved_tensors
+        agreed.opened(ctx.entered)
         if agreed.ranks.last:
-            return None, None, cotangent
-        return None, None, agreed.ranks.take(cotangent, agreed.ranks.here + 1) if agreed.exact else None
+            return None, None, None, cotangent
+        return None, None, None, agreed.ranks.take(cotangent, agreed.ranks.here + 1) if agreed.exact else None
 
 
 @dataclass(eq=False)
@@ -120,7 +130,7 @@ class DepthRun(Run):
 
     def gradients(self) -> tuple[Any, list[Tensor | None]]:
         dx, found = super().gradients()
-        shared = len(self.leaves) - len(self.stack.trainable())
+        shared = len(self.leaves) - len({id(p) for p in self.stack.trainable()})  # layers may have some in common
         others = [torch.zeros_like(leaf) for leaf in list(self.leaves.values())[:shared]]
         others = [zero if d is None else d for d, zero in zip(found, others, strict=False)]
         dx, *others = self.agreed.shared(dx, others)
@@ -144,6 +154,8 @@ class Passage:
     run: DepthRun | None = None
     carrier: Any = None
     """The outer tensor that the next call hangs on, in a run."""
+    entered: Any = None
+    """The `Enter` node, where ranks take turns."""
     swap: Swap = field(default_factory=lambda: Swap({}))
     called: int = 0
 
@@ -170,6 +182,7 @@ class Passage:
         x = x if x.requires_grad else x.detach().requires_grad_()
         if agreed.exact:
             self.state, *shared = Enter.apply(agreed, self.state, x, *self.outside)
+            self.entered = self.state.grad_fn
             self.swap = Swap({id(old): new for old, new in zip(self.outside, shared, strict=True)})
         else:
             self.run = DepthRun.begin(self.piece, self.outside)
@@ -210,7 +223,7 @@ class Passage:
             final = ranks.spread(y.detach(), ranks.count - 1)
         else:
             final = y.detach() if ranks.last else y.new_zeros(()).expand(y.shape)
-        return Leave.apply(self.agreed, final, y) if self.agreed.tracked else final
+        return Leave.apply(self.agreed, self.entered, final, y) if self.agreed.tracked else final
 
     @contextmanager
     def _random(self) -> Iterator[None]:
