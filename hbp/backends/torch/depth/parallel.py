@@ -23,7 +23,9 @@ class DepthParallel(Piece, nn.Module):
     goes from rank to rank, and the stack's last state is returned on all. So what all ranks hold in common, before and
     behind the stack, has the same gradients everywhere, bit for bit, provided that it starts from the same numbers and
     draws the same random ones. In training, x and shared arguments apart, each layer draws its own (by its number, from
-    one drawn of torch's generator), so masks do not depend on the number of ranks.
+    one drawn of torch's generator), so masks do not depend on the number of ranks. Other tensors that need gradients
+    are arguments of the call: one that a layer reads from elsewhere is refused, or, with ``iterations=None``, has this
+    rank's part of its gradient only.
 
     The backward pass is `hbp.highway` on the chain of all ranks' stages: k + 1 pullbacks through this rank's layers,
     the last with the gradients of its parameters, and k + 1 exchanges of one state per rank; then the gradient of x
@@ -81,7 +83,8 @@ class DepthParallel(Piece, nn.Module):
         self.settle(Ranks.along(mesh), len(own_layers), exchange, last_only)
         for number, layer in zip(self.numbers, own_layers, strict=True):
             self.add_module(str(number), layer)
-        size = len(own_layers) if chunk is None and solver is None else chunk or 1
+        whole = 1 if solver is not None else len(own_layers)
+        size = whole if chunk is None else chunk
         how = Solver.of(solver, iterations=iterations, chunk=size, tolerance=tolerance)
         self.configure(how, residual, damping)
 
