@@ -152,6 +152,8 @@ def built_on(mesh: Any) -> None:
         hb.diagnose(stack, lambda stack, x: stack(x).sum(), inputs().float())
     with pytest.raises(ValueError, match=r"the layers lie on several ranks"):
         hb.estimate_damping(stack, inputs().float())
+    with pytest.raises(ValueError, match=r"the layers lie on several ranks"):
+        hb.plan(stack, lambda stack, x: stack(x).sum(), inputs().float())
     with pytest.raises(TypeError, match=r"layers over several ranks cannot be pickled; save their state_dict"):
         stack.__reduce_ex__(2), torch.save(stack, os.devnull)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from typing import Any
@@ -180,6 +181,16 @@ def test_a_loop_that_changes_the_state_is_refused_on_all_ranks(ranks):
     found = ranks(meddling_on, ranks=3)
     assert found[0] == found[1] == found[2]
     assert "layer 1, a Halved, was not called with what layer 0 returned" in found[0]
+
+
+def copied_on(mesh: Any) -> None:
+    model = hb.convert(Plain().double(), iterations=1, mesh=mesh)
+    model(torch.randn(3, 5, dtype=torch.float64))
+    copy.deepcopy(model)  # refuses states that need gradients
+
+
+def test_nothing_of_a_pass_outlives_it(ranks):
+    ranks(copied_on, ranks=2)
 
 
 class Twice(Plain):

@@ -72,14 +72,15 @@ def diagnose(
     >>> hb.configure(model, found.recommended)
     """
     layers = scheduled(model)
-    _check_one_process(layers.values())
+    check_one_process(layers.values())
     settings = Settings(iterations, chunks, target, plot)
     steps = Steps.of(model, loss_fn, batch, layers)
     with undisturbed(model, layers.values()):
         return diagnosed(settings, BACKEND, steps.gradient, steps.seconds)
 
 
-def _check_one_process(layers: Iterable[Scheduled]) -> None:
+def check_one_process(layers: Iterable[Scheduled]) -> None:
+    """Raise ValueError where layers lie on several ranks."""
     if any(isinstance(part, Piece) for part in layers):
         raise ValueError(
             "the layers lie on several ranks, each of which would measure its own; measure the whole model on one "
@@ -113,7 +114,7 @@ def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: 
     """
     check_count("samples", samples, 1)
     layers = one_stack(stack, "give a module with one")
-    _check_one_process([layers])
+    check_one_process([layers])
 
     def run() -> None:
         if isinstance(batch, Mapping):

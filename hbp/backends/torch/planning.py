@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hbp import diagnosis
-from hbp.backends.torch.diagnosis import BACKEND, Steps, calls_of, one_stack, undisturbed
+from hbp.backends.torch.diagnosis import BACKEND, Steps, calls_of, check_one_process, one_stack, undisturbed
 from hbp.backends.torch.options import Scheduled, scheduled
 from hbp.backends.torch.stack.conversion import convert, revert
 from hbp.backends.torch.stack.graphs import Call, pull_back
@@ -63,7 +63,7 @@ def plan(
 
     Raises:
         TypeError, ValueError: the model has no such stack or no parameters that need gradients, the loss is no finite
-            scalar, or a number is not what its name says.
+            scalar, or a number is not what its name says; the layers lie on several ranks.
         ImportError, OSError, ValueError: the picture could not be drawn or written.
 
     >>> import hbp.backends.torch as hb
@@ -113,6 +113,7 @@ def _in_a_stack(model: nn.Module) -> Iterator[Stack]:
         finally:
             revert(model)
         return
+    check_one_process(scheduled(model).values())
     yield one_stack(model, "plan takes a model with one")
 
 

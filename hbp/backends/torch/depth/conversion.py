@@ -75,8 +75,8 @@ class SpreadStack(Piece):
         here = number in self.own
         result = passage.call(layer, target, args, kwargs) if here else _shapes(number, target, x, args, kwargs)
         if number == len(self.layers) - 1:
-            final, self.passage = passage.leave(), None
-            result = _with_state(result, final)
+            self.passage = self.handed = None  # nothing of a pass outlives it
+            return _with_state(result, passage.leave())
         self.handed, self.next = result[0] if isinstance(result, tuple) else result, number + 1
         return result
 
