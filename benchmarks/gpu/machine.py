@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
 from shutil import which
 from time import monotonic
 from typing import Any
+
+import numpy as np
 
 from benchmarks.environment import best, environment, limits
 from benchmarks.gpu.device import NONE
@@ -72,20 +74,10 @@ def _products(size: int) -> dict[str, float]:
     import torch
 
     lib, found = library("torch"), {}
-    x = lib.array(_random(size))
+    x = lib.array(np.random.default_rng(0).standard_normal((size, size), dtype=np.float32))
     for name in PRODUCTS:
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         y = x.bfloat16() if name == "bfloat16" else x
-        found[f"{name}_flops_per_s"] = 2 * size**3 / best(lib, _square(), y)
+        found[f"{name}_flops_per_s"] = 2 * size**3 / best(lib, lambda a: a @ a, y)
     torch.backends.cuda.matmul.allow_tf32 = False
     return found
-
-
-def _square() -> Callable[[Any], Any]:
-    return lambda a: a @ a
-
-
-def _random(size: int) -> Any:
-    import numpy as np
-
-    return np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)

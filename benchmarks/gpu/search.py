@@ -67,9 +67,8 @@ def parts(there: There) -> Iterator[Part]:
 
 def _search(lib: Library, name: str, size: dict[str, Any], space: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     kernels = import_module(f"hbp.backends.{lib.name}.kernels")
-    make = _scan if name == "suffix_scan" else _rounds
     guess, tried = kernels.Blocks(), []
-    run = make(lib, kernels, name, size)
+    run = call_of(lib, kernels, name, size)
     expected = lib.vector([run(guess)])
 
     def milliseconds(sizes: Any) -> float:
@@ -113,7 +112,12 @@ def _differing(sizes: Any, guess: Any) -> dict[str, int]:
     return {name: value for name, value in asdict(sizes).items() if value != getattr(guess, name)}
 
 
-def _scan(lib: Library, kernels: Any, _name: str, size: dict[str, Any]) -> Callable[[Any], Any]:
+def call_of(lib: Library, kernels: Any, name: str, size: dict[str, Any]) -> Callable[[Any], Any]:
+    """A call of a kernel on random arrays of this size, given its block sizes; None: those it would take."""
+    return _scan(lib, kernels, size) if name == "suffix_scan" else _rounds(lib, kernels, name, size)
+
+
+def _scan(lib: Library, kernels: Any, size: dict[str, Any]) -> Callable[[Any], Any]:
     rng, shape = np.random.default_rng(0), (size["T"], size["B"], size["D"])
     arrays = rng.random(shape, np.float32), rng.standard_normal((size["T"] + 1, *shape[1:]), np.float32)
     values, c = (lib.cast(lib.array(x), size["dtype"]) for x in arrays)

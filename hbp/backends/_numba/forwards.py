@@ -15,7 +15,7 @@ from hbp.cells._common import matmul
 from hbp.core.backend import Array
 
 COMPILED = 1 << 16
-"""As in `hbp.backends._numba.adjoints`."""
+"""As in `hbp.backends._numba.adjoints`, for the forward; a guess, not searched for."""
 
 
 def gru_forward(
