@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.depth --out depth.json
 
-Rank 0 measures the costs and the step of the whole stack while the others wait, and the link between ranks is measured
-by its own messages; a prediction is worth something only where every rank has a core of its own.
+All ranks measure the costs of the whole stack at the same time, as they share caches and memory afterwards, and the
+slowest counts; the link between ranks is measured by its own messages. A prediction is worth something only where every
+rank has a core of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import hbp.backends.torch as hb
 from benchmarks.environment import environment
-from hbp.planning import Link, Step
+from hbp.planning import Costs, Link, Step
 
 ROUNDS = 15
 KS = (None, 1, 3)
@@ -95,13 +96,13 @@ def main() -> None:
     torch.set_num_threads(1)
     x = torch.randn(options.batch, options.width, generator=torch.Generator().manual_seed(1))
     whole = hb.Sequential(*layers_of(options.layers, options.width))
-    found: list[Any] = [None]
-    if here == 0:
-        with redirect_stdout(StringIO()):
-            plan = hb.plan(whole, loss_of, x, stages=(count,), microbatches=(1,), iterations=(1, 3))
-        found = [(plan.costs[count], {k: plan.errors[count, k] for k in (1, 3)})]
-    dist.broadcast_object_list(found)
-    costs, errors = found[0]
+    dist.barrier()
+    with redirect_stdout(StringIO()):
+        plan = hb.plan(whole, loss_of, x, stages=(count,), microbatches=(1,), iterations=(1, 3))
+    found: list[Any] = [None] * count
+    dist.all_gather_object(found, plan.costs[count])
+    costs = Costs(**{name: max(getattr(one, name) for one in found) for name in vars(found[0])})
+    errors = {k: plan.errors[count, k] for k in (1, 3)}
     link = link_of(x)
     share = options.layers // count
     own = layers_of(options.layers, options.width)[here * share : (here + 1) * share]

@@ -174,6 +174,10 @@ def test_only_a_k_within_the_target_is_advised():
     assert "which hb.plan measures" in planned((64,), (1,)).advice
 
 
+def test_one_stage_needs_no_schedule():
+    assert planned((1,), (1, 4)).advice == "P = 1: one device holds all layers, and backprop as ever is the fastest."
+
+
 def test_a_gain_too_small_is_no_advice():
     """At P = 16, M = 4 and k = 1: 8.875 by zero bubble, 7.75 by Highway-BP, and much more outside of the stages."""
     found = planned((16,), (4,), iterations=(1,), costs=Costs(1, 1, 1, outside=18))

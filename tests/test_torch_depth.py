@@ -439,6 +439,23 @@ def test_dropout_draws_by_layer_however_many_ranks_there_are(ranks):
         close([found[name] for name in weights], list(weights.values()))
 
 
+def queued_on(mesh: Any) -> list[int]:
+    stack = hb.DepthParallel(hb.Residual(nn.Dropout(0.5)), mesh=mesh)
+    found = []
+    for _ in range(3):
+        stack(inputs())
+        found.append(len(torch.cuda._queued_calls))
+    return found
+
+
+def test_random_numbers_leave_nothing_behind_for_devices_that_are_not_there(ranks):
+    """`torch.manual_seed` queues a call, with its traceback, for each kind of device, where none is."""
+    if torch.cuda.is_available():
+        pytest.skip("calls are not queued: there is a device")
+    for found in ranks(queued_on, ranks=2):
+        assert len(set(found)) == 1
+
+
 def tied_on(mesh: Any) -> Any:
     layers, _ = model("identity", 5)
     layers[1] = layers[0]

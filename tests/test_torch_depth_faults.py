@@ -133,6 +133,8 @@ def built_on(mesh: Any) -> None:
         hb.DepthParallel(3, mesh=mesh)
     with pytest.raises(TypeError, match=r"exchange is a str; give hb\.AllGather\(\), hb\.HillisSteele\(\)"):
         hb.DepthParallel(*layers, mesh=mesh, exchange="all-gather")
+    with pytest.raises(TypeError, match="abstract class Exchange"):
+        hb.AllGather.__base__()
     with pytest.raises(ValueError, match=r"chunk=0 is too small; give an integer of at least 1"):
         hb.DepthParallel(*layers, mesh=mesh, chunk=0)
     with pytest.raises(TypeError, match=r"last_only=1; give True or False"):

@@ -160,6 +160,21 @@ def test_generate_works_and_what_would_lose_layers_is_refused(ranks):
         assert all((a == b).all() for a, b in zip(found, expected, strict=True))
 
 
+def moved_on(mesh: Any) -> Any:
+    model = hb.convert(build("gpt2"), iterations=3, mesh=mesh).to("cpu").float().to(torch.float64)
+    model(input_ids=torch.tensor([[3, 4, 5]])).logits.square().sum().backward()
+    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_converted_model_moves_and_changes_its_precision(ranks):
+    model = build("gpt2").float().double()
+    model(input_ids=torch.tensor([[3, 4, 5]])).logits.square().sum().backward()
+    reference = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    for found in ranks(moved_on, ranks=3):
+        assert len(found) > 10
+        close(list(found.values()), [reference[name] for name in found])
+
+
 class Meddling(Plain):
     """A loop that changes the state between layers."""
 

@@ -147,15 +147,27 @@ def refused_on(mesh: Any) -> list[str]:
         with pytest.raises(ValueError, match=r"\w") as caught:
             schedule.step(*[ids] * (here == 0), **{"target": target} if stage.is_last else {})
         found.append(str(caught.value))
+    schedule = hb.ScheduleHighway(stage, 3, loss_fn, iterations=1)
+    for uncut in (ids, target):
+        given = {"target": target if uncut is target else target[:3]} if stage.is_last else {}
+        with pytest.raises(ValueError, match=r"\w") as caught:
+            schedule.step(*[ids if uncut is ids else ids[:3]] * (here == 0), **given)
+        found.append(str(caught.value))
     with pytest.raises(TypeError, match="residual is a float; give an operator"):
         hb.ScheduleHighway(stage, 1, loss_fn, residual=0.5)
+    with pytest.raises(TypeError, match=r"stage is a Sequential; give a PipelineStage of torch\.dist"):
+        hb.ScheduleHighway(part, 1, loss_fn)
+    with pytest.raises(ValueError, match="n_microbatches=0 is too small; give an integer of at least 1"):
+        hb.ScheduleHighway(stage, 0, loss_fn)
     return found
 
 
 def test_ranks_that_differ_say_so(ranks):
-    for microbatches, iterations in ranks(refused_on):
+    for microbatches, iterations, cut, target in ranks(refused_on):
         assert "on a step of the schedule: n_microbatches is 1 on rank 0 and 1 and 3, 2 on rank 2" in microbatches
         assert "iterations is 1 on rank 0 and 1 and 3, 2 on rank 2" in iterations
+        assert cut.startswith("rank 0: argument 0 has shape (4, 5); give a batch that 3 microbatches divide")
+        assert target == "rank 3: target has shape (4, 5, 2); give a batch that 3 microbatches divide"
 
 
 def test_unknown_versions_are_refused():

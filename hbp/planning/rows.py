@@ -177,6 +177,8 @@ def _counts(name: str, values: Any, least: int) -> tuple[int, ...]:
 
 def _advised(rows: list[Row]) -> tuple[str, str]:
     """What to use at one number of stages: the words before and after how much faster it is."""
+    if rows[0].stages == 1:
+        return "one device holds all layers, and backprop as ever is the fastest", ""
     pays = [row for row in rows if row.gain > WORTH]
     best = min(rows, key=lambda row: row.exact[row.best_exact])
     exact = "1F1B or, faster, zero bubble" if best.exact["1F1B"] < math.inf else "zero bubble"

@@ -75,16 +75,16 @@ def _entries(container: Any) -> list[Any]:
     return list(container.values()) if isinstance(container, dict) else list(container)
 
 
-def nodes(starts: Sequence[Any], last: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
-    """The nodes of a graph, each once, from ``starts`` on and not beyond those that are ``last``."""
-    pending, seen = list(starts), set()
+def nodes(starts: Sequence[Any], behind: Any = None, last: Callable[[Any], bool] | None = None) -> Iterator[Any]:
+    """The nodes of a graph, each once, from ``starts`` on, but not beyond the one ``behind`` and the ``last`` ones."""
+    pending, seen = list(starts), {None}
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         yield node
-        if not last(node):
+        if node is not behind and (last is None or not last(node)):
             pending += [following for following, _ in node.next_functions]
 
 
@@ -94,12 +94,16 @@ def foreign_leaf(ends: Sequence[Tensor], start: Tensor, known: Container[int]) -
     What lies behind a ``start`` that is no leaf is not looked at.
     """
     behind = start.grad_fn
-    for node in nodes([end.grad_fn for end in ends], lambda node: node is behind):
-        if node.name() == "torch::autograd::AccumulateGrad" and id(node.variable) not in known:
+    for node in nodes([end.grad_fn for end in ends], behind):
+        if type(node) is _LEAF:
             leaf: Tensor = node.variable
-            if leaf is not start:
+            if leaf is not start and id(leaf) not in known:
                 return leaf
     return None
+
+
+_LEAF = type(torch.ones((), requires_grad=True).view_as(torch.ones(())).grad_fn.next_functions[0][0])
+"""The kind of a leaf's node."""
 
 
 def autocast_of(x: Tensor) -> tuple[Callable[[], AbstractContextManager[Any]], torch.dtype]:

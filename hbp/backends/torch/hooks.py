@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +20,12 @@ FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 
 
-def hooked(target: nn.Module, layer: nn.Module) -> bool:
-    """Whether module hooks run when ``target`` is called; those of a layer inside it run outside of it."""
+def hooked(target: nn.Module, layer: nn.Module, parts: Iterable[nn.Module]) -> bool:
+    """Whether module hooks run when ``target``, of these parts, is called; a layer's inside it run outside of it."""
     kinds = FORWARD + BACKWARD
     if any(getattr(everywhere, f"_global{kind}") for kind in kinds):
         return True
-    return any(getattr(m, kind) for m in target.modules() if m is target or m is not layer for kind in kinds)
+    return any(getattr(m, kind) for m in parts if m is target or m is not layer for kind in kinds)
 
 
 @contextmanager

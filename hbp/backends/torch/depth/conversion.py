@@ -53,6 +53,7 @@ class SpreadStack(Piece):
                 own = layer.to("meta").requires_grad_(False).state_dict()
                 layer.register_state_dict_post_hook(_leave_out)
                 layer.register_load_state_dict_pre_hook(partial(_take_none, own))
+                layer._apply = partial(_convert_only, layer)
         names = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
         kept: Any = getattr(model, "_ddp_params_and_buffers_to_ignore", [])  # where DDP looks
         model._ddp_params_and_buffers_to_ignore = [*kept, *names]
@@ -128,6 +129,15 @@ def _leave_out(_: Any, state_dict: dict[str, Any], prefix: str, *__: Any) -> Non
 def _take_none(own: dict[str, Tensor], _: Any, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
     _leave_out(None, state_dict, prefix)
     state_dict.update({prefix + name: tensor for name, tensor in own.items()})
+
+
+def _convert_only(layer: nn.Module, function: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    """In place of a layer's ``_apply``, as by ``model.to``: what has no numbers here takes a new dtype, and stays."""
+
+    def converted(t: Tensor) -> Tensor:
+        return t.to(function(torch.empty(0, dtype=t.dtype)).dtype)
+
+    return type(layer)._apply(layer, converted, *args, **kwargs)
 
 
 def _refuse_to_save(numbers: range, *_: Any, **__: Any) -> None:

@@ -8,6 +8,7 @@ zero for the last rank.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,20 +25,20 @@ LOCAL = TorchBackend()
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Exchange(ABC):
     """A way to exchange states among ranks, once per round."""
 
+    @abstractmethod
     def seconds(self, size: int, count: int, latency: float = LATENCY, bandwidth: float = BANDWIDTH) -> float:
         """About what one exchange of states of ``size`` bytes among ``count`` ranks takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepared(self, product: LinearOperator, like: Tensor, ranks: Ranks) -> Any:
         """What of the residual maps is needed in every round; these maps do not depend on the cotangents."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entering(self, start: Tensor, maps: Any, ranks: Ranks) -> Tensor:
         """What enters at this rank's last state from the ranks behind it."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

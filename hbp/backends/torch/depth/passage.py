@@ -106,9 +106,9 @@ class DepthRun(Run):
     def start(self, x: Tensor) -> Tensor:
         return self.inner if len(self.layers) % self.solver.chunk else super().start(x)
 
-    def _tied(self, call: Call, results: tuple[Tensor, ...], carrier: Tensor) -> tuple[Tensor, ...]:
+    def tied(self, calls: list[Call], results: tuple[Tensor, ...], carrier: Tensor) -> tuple[Tensor, ...]:
         self.inner = results[0]
-        return super()._tied(call, results, carrier)
+        return super().tied(calls, results, carrier)
 
     def stages(self, calls: list[Call]) -> list[list[Call]]:
         if len(calls) != len(self.layers):
@@ -231,8 +231,12 @@ class Passage:
         if self.seed is None:
             yield
             return
-        device = self.state.device
+        seed, device = self.seed + self.piece.numbers[self.called], self.state.device
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            torch.manual_seed(self.seed + self.piece.numbers[self.called])
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a call per kind of device unused
+            if devices:
+                there = torch.get_device_module(device)
+                with there.device(device):
+                    there.manual_seed(seed)
             yield

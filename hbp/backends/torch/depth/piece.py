@@ -55,7 +55,7 @@ class Piece(Stack):
             "the shapes of arguments that need gradients": [tuple(tensor.shape) for tensor in outside],
         }
         wanted = grads and isinstance(x, Tensor) and x.requires_grad
-        needed = grads and bool(wanted or outside or self.trainable())
+        needed = grads and bool(wanted or outside or any(True for _ in self.trainable()))
         numbers = [needed, wanted, -(-len(self.numbers) // solver.chunk)]
         rows = self.ranks.agree("a call of the stack", facts, numbers, self._trouble(x))
         self.passes += 1

@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import ScheduleGPipe
+from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from hbp.backends.torch.depth.backend import RankBackend
 from hbp.backends.torch.depth.exchange import Exchange
 from hbp.backends.torch.depth.ranks import Ranks
 from hbp.backends.torch.options import Scheduled
 from hbp.core.adjoint import highway
-from hbp.core.backend import Backend, check_kind
+from hbp.core.backend import Backend, check_count, check_kind
 from hbp.core.chain import LayerChain
 from hbp.core.operator import Identity, LinearOperator
 from hbp.core.pullbacks import Pullbacks
@@ -72,6 +73,8 @@ class ScheduleHighway(Scheduled, ScheduleGPipe):
         **keywords: Any,
     ) -> None:
         check_version(torch.__version__)
+        check_kind("stage", stage, _PipelineStageBase, "a PipelineStage of torch.distributed.pipelining")
+        n_microbatches = check_count("n_microbatches", n_microbatches, 1)
         check_kind("residual", residual, LinearOperator, "an operator, as hbp.Identity()")
         check_kind("exchange", exchange, Exchange | None, "hb.AllGather(), hb.HillisSteele(), hb.Transpose() or None")
         self.solver = Solver.of(solver, iterations=iterations, tolerance=tolerance)
@@ -79,8 +82,9 @@ class ScheduleHighway(Scheduled, ScheduleGPipe):
         super().__init__(stage, n_microbatches, loss_fn, **keywords)
         self._ranks = Ranks(stage.group or dist.group.WORLD, torch.device(stage.device))
 
-    def _step_microbatches(self, *args: Any, **kwargs: Any) -> Any:
-        solver, stage = self.current(), self._stage
+    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Any:
+        """As `ScheduleGPipe.step`, if the ranks agree; collective."""
+        solver = self.current()
         facts = {
             "n_microbatches": self._n_microbatches,
             "iterations": solver.iterations,
@@ -88,7 +92,22 @@ class ScheduleHighway(Scheduled, ScheduleGPipe):
             "exchange": self.exchange,
             "scale_grads": self.scale_grads,
         }
-        self._ranks.agree("a step of the schedule", facts)
+        self._ranks.agree("a step of the schedule", facts, [], self._trouble(args, kwargs, target))
+        return super().step(*args, target=target, **kwargs)
+
+    def _trouble(self, args: Any, kwargs: dict[str, Any], target: Any) -> str:
+        """Why this rank's batch cannot be cut into microbatches, or ""."""
+        known = {"losses", "return_outputs", "loss_kwargs"}  # step's own keywords
+        cut = [] if self._args_chunk_spec else [(f"argument {i}", value) for i, value in enumerate(args)]
+        cut += [] if self._kwargs_chunk_spec else [(k, value) for k, value in kwargs.items() if k not in known]
+        for name, value in [*cut, ("target", target)]:
+            if isinstance(value, Tensor) and (not value.ndim or len(value) % self._n_microbatches):
+                shape, M = tuple(value.shape), self._n_microbatches
+                return f"{name} has shape {shape}; give a batch that {M} microbatches divide"
+        return ""
+
+    def _step_microbatches(self, *args: Any, **kwargs: Any) -> Any:
+        solver, stage = self.current(), self._stage
         if not self._has_backward or solver.exact:
             self.training_step += self._has_backward
             return super()._step_microbatches(*args, **kwargs)

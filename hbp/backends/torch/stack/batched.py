@@ -123,56 +123,71 @@ def _attributes_kept(target: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
 
 
-def refusal(calls: Sequence[Call]) -> str | None:
-    """Why these calls cannot be pulled back by a `BatchedGraph`, or None: they can, unless `torch.vmap` objects."""
-    first = calls[0]
-    modules = list(first.target.modules())
-    if len(calls) < 2:
-        return "one layer only"
-    if any(structure(call) != structure(first) for call in calls):
-        return "the layers differ"
-    if any(True for _ in first.target.buffers()):
-        return "the layers have buffers"
-    if any(m.p and m.training for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)):
-        return "the layers are random"
-    if any(hooked(call.target, call.module) for call in calls):
-        return "there are hooks inside the layers"
-    if any(call.modes.packed for call in calls):
-        return "hooks on saved tensors held in the forward"
-    if not all(_same(a.arguments, b.arguments) for a, b in pairwise(calls)):
-        return "the layers take different or opaque arguments"
-    return None
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Calls that may be pulled back by a `BatchedGraph`, with all modules inside each."""
 
+    calls: Sequence[Call]
+    modules: Sequence[Sequence[nn.Module]]
 
-def promising(calls: Sequence[Call]) -> bool:
-    """Whether a `BatchedGraph` is worth trying: the layers' settings agree, and at their size it was faster."""
-    first = calls[0]
-    if sum(p.numel() for p in first.parameters.values()) > BATCHED_PARAMETERS:
-        return False
-    if first.start.numel() > BATCHED_STATE:
-        return False
-    return all(_alike(first.target, call.target) for call in calls[1:])
+    @classmethod
+    def of(cls, calls: Sequence[Call]) -> Candidates:
+        return cls(calls, [list(call.target.modules()) for call in calls])
 
+    def structure(self, i: int = 0) -> Any:
+        """The kinds of a layer's parts and the shapes of its parameters."""
+        shapes = tuple((name, p.shape, p.dtype) for name, p in self.calls[i].parameters.items())
+        return tuple(map(type, self.modules[i])), shapes
 
-def structure(call: Call) -> Any:
-    """The kinds of a layer's parts and the shapes of its parameters."""
-    shapes = tuple((name, p.shape, p.dtype) for name, p in call.parameters.items())
-    return tuple(type(module) for module in call.target.modules()), shapes
+    def refusal(self) -> str | None:
+        """Why these calls cannot be pulled back all at once, or None: they can, unless `torch.vmap` objects."""
+        calls, parts, structure = self.calls, self.modules[0], self.structure()
+        if len(calls) < 2:
+            return "one layer only"
+        if any(self.structure(i) != structure for i in range(1, len(calls))):
+            return "the layers differ"
+        if any(True for _ in calls[0].target.buffers()):
+            return "the layers have buffers"
+        if any(m.p and m.training for m in parts if isinstance(m, nn.modules.dropout._DropoutNd)):
+            return "the layers are random"
+        if any(hooked(call.target, call.module, own) for call, own in zip(calls, self.modules, strict=True)):
+            return "there are hooks inside the layers"
+        if any(call.modes.packed for call in calls):
+            return "hooks on saved tensors held in the forward"
+        if not all(_same(a.arguments, b.arguments) for a, b in pairwise(calls)):
+            return "the layers take different or opaque arguments"
+        return None
 
-
-def _alike(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two modules of one structure hold equal values, or the same objects, in all their attributes."""
-    plain = (bool, int, float, str, tuple, type(None))
-    own = vars(nn.Module()).keys() | {"forward"}
-    for one, other in zip(a.modules(), b.modules(), strict=True):
-        left, right = ({k: v for k, v in vars(m).items() if k not in own} for m in (one, other))
-        if left.keys() != right.keys():
+    def promising(self) -> bool:
+        """Whether a `BatchedGraph` is worth trying: the layers' settings agree, and at their size it was faster."""
+        first = self.calls[0]
+        if sum(p.numel() for p in first.parameters.values()) > BATCHED_PARAMETERS:
             return False
-        for key, value in left.items():
-            same = isinstance(value, plain) and type(value) is type(right[key]) and value == right[key]
-            if not same and value is not right[key]:
+        if first.start.numel() > BATCHED_STATE:
+            return False
+        settings = [_settings(module) for module in self.modules[0]]
+        return all(_alike(settings, [_settings(module) for module in own]) for own in self.modules[1:])
+
+
+OWN = (vars(nn.Module()).keys() | {"forward"}) - {"training"}
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes beside its parts, hooks and tensors."""
+    return {name: value for name, value in vars(module).items() if name not in OWN}
+
+
+def _alike(some: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> bool:
+    """Whether modules of one structure have equal values, or the same objects, in all their settings."""
+    plain = (bool, int, float, str, tuple, type(None))
+    for one, other in zip(some, others, strict=True):
+        if one.keys() != other.keys():
+            return False
+        for name, value in one.items():
+            same = isinstance(value, plain) and type(value) is type(other[name]) and value == other[name]
+            if not same and value is not other[name]:
                 return False
-    return all(one.training == other.training for one, other in zip(a.modules(), b.modules(), strict=True))
+    return True
 
 
 def _same(a: Any, b: Any) -> bool:

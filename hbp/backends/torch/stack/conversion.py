@@ -16,7 +16,7 @@ from hbp.backends.torch.depth.exchange import Exchange
 from hbp.backends.torch.depth.ranks import Ranks
 from hbp.backends.torch.stack.finding import Row, largest, named
 from hbp.backends.torch.stack.options import Stack
-from hbp.backends.torch.stack.run import call_layer
+from hbp.backends.torch.stack.tracked import call_layer
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver

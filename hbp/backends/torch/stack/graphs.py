@@ -66,9 +66,10 @@ def version(parameters: dict[str, Tensor], *states: Tensor) -> int:
 
 def edge(end: Tensor) -> GradientEdge:
     """The end of a graph, without its values."""
-    # The Python object of a torch.autograd.Function's node does not keep the graph alive; that of a view's node does.
-    with torch.enable_grad():
-        return get_gradient_edge(end.view_as(end) if isinstance(end.grad_fn, torch._C._FunctionBase) else end)
+    if isinstance(end.grad_fn, torch._C._FunctionBase):  # its Python object does not keep the graph; a view's does
+        with torch.enable_grad():
+            end = end.view_as(end)
+    return get_gradient_edge(end)
 
 
 @dataclass(frozen=True, eq=False)

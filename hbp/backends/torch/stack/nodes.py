@@ -1,4 +1,4 @@
-"""The nodes of the outer graph, which compute nothing forward: a run's entry, and one link per call."""
+"""The nodes of the outer graph, which compute nothing forward: a run's entry, and links for its calls."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ class Entry(torch.autograd.Function):
 
 
 class Link(torch.autograd.Function):
-    """Hands out the results of one call and takes in their cotangents."""
+    """Hands out the results of one call, the last of some whose states nobody sees, and takes in their cotangents."""
 
     @staticmethod
-    def forward(ctx: Any, run: Any, call: Any, results: tuple[Tensor, ...], carrier: Tensor) -> tuple[Tensor, ...]:
-        ctx.run, ctx.call, ctx.number, ctx.carrier = run, call, len(run.layers), ref(carrier)
+    def forward(ctx: Any, run: Any, calls: Any, results: tuple[Tensor, ...], carrier: Tensor) -> tuple[Tensor, ...]:
+        ctx.run, ctx.calls, ctx.number, ctx.carrier = run, calls, len(run.layers), ref(carrier)
         ctx.set_materialize_grads(False)
         # Nothing, but in autograd's own way: a second backward is refused as everywhere. The results themselves are
         # not saved, so that they may be written into where the layer's graph does not need them.
-        ctx.save_for_backward(call.start.new_empty(0))
+        start = calls[-1].start
+        ctx.save_for_backward(start.new_empty(0))
         # A layer may return its input, which a write into the result must not change unnoticed.
-        own = [result is not call.start and result._base is not call.start for result in results]
+        own = [result is not start and result._base is not start for result in results]
         return tuple(result.detach() if alone else result.clone() for result, alone in zip(results, own, strict=True))
 
     @staticmethod
@@ -48,11 +49,11 @@ class Link(torch.autograd.Function):
         carrier = ctx.carrier()
         if carrier is not None and watched(carrier):
             raise RuntimeError(f"a hook or retain_grad was set on a state after the next layer took it; {CURE}")
-        first = ctx.run.reached(ctx.number, ctx.call, cotangents)
+        first = ctx.run.reached(ctx.number, ctx.calls, cotangents)
         if first and not torch._C._will_engine_execute_node(_entry(ctx)):
             raise RuntimeError(f"the gradient of a state alone was asked for; {CURE}")
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.call = None  # the layer's graph is freed
+            ctx.calls = None  # the layers' graphs are freed
         return None, None, None, None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -14,6 +14,7 @@ from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.autograd import refuse_transforms, tensors
 from hbp.backends.torch.options import Scheduled
 from hbp.backends.torch.stack.batched import BatchedGraph
+from hbp.backends.torch.stack.calling import places_of
 from hbp.backends.torch.stack.graphs import Call, LayerGraphs
 from hbp.backends.torch.stack.verdict import Verdict
 from hbp.core.backend import Backend
@@ -71,11 +72,11 @@ class Stack(Scheduled):
             raise RuntimeError("replicas of DataParallel have no parameters of their own; use DistributedDataParallel")
         if not torch.is_grad_enabled():
             return False
-        return any(t.requires_grad for t in tensors(given)) or bool(self.trainable())
+        return any(t.requires_grad for t in tensors(given)) or any(True for _ in self.trainable())
 
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters of all layers that need gradients."""
-        return [p for layer in self.members() for p in layer.parameters() if p.requires_grad]
+    def trainable(self) -> Iterator[nn.Parameter]:
+        """The parameters of all layers that need gradients; one in several places comes as often."""
+        return (place.held for layer in self.members() for place in places_of(layer) if place.held.requires_grad)
 
     def pullbacks(self, calls: Sequence[Call], leaves: Sequence[Tensor]) -> LayerGraphs | BatchedGraph:
         """The pullbacks of these calls, in the way ``stacked`` says; `path` tells which."""

@@ -2,29 +2,28 @@
 
 Whoever calls the layers, `Sequential` or a model's own loop, calls them one by one. Each call keeps a graph of its
 own, from a copy of its input to its output. In the outer graph a run is a chain of nodes that compute nothing: the
-entry, whose inputs are the stream, the parameters and the tensors that all layers share, and one link per call. The
-backward reaches the links first, which leave the cotangents that come from outside, and then the entry, which solves
-the adjoint equation for all layers.
+entry, whose inputs are the stream, the parameters and the tensors that all layers share, and one link for each state
+that somebody sees: per call in a model's own loop, for all calls of a `Sequential`. The backward reaches the links
+first, which leave the cotangents that come from outside, and then the entry, which solves the adjoint equation for all
+layers.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from hbp.backends.torch.autograd import SWAPPING, Swap, foreign_leaf, nodes, opaque, tensors
-from hbp.backends.torch.hooks import cause, leaf_of, no_backward_hooks, watched
-from hbp.backends.torch.stack.calling import depending, needs_gradient, next_state, run_layer
+from hbp.backends.torch.autograd import Swap, foreign_leaf
+from hbp.backends.torch.hooks import leaf_of, no_backward_hooks
+from hbp.backends.torch.stack.calling import depending, needs_gradient, next_state, places_of, run_layer
 from hbp.backends.torch.stack.graphs import Call, Modes, edge, pull_back, summed, version
-from hbp.backends.torch.stack.nodes import Entry, Link
+from hbp.backends.torch.stack.nodes import Link
 from hbp.backends.torch.stack.options import Stack
 from hbp.core.adjoint import highway
 from hbp.core.backend import dtype_name
@@ -48,49 +47,15 @@ def recorded() -> Iterator[list[tuple[Stack, Call]]]:
         RECORD.reset(token)
 
 
-@opaque  # one break of a compiled graph per layer
-def call_layer(
-    stack: Stack, layer: nn.Module, target: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Call ``target``, which is ``layer`` or has it as its child "layer", on x and further arguments.
+class Made(NamedTuple):
+    """One call of a layer with what it returned."""
 
-    The call continues the run whose last state x is, or begins a new one.
-
-    Returns:
-        What the layer returns, its tensors that need gradients tied to the run.
-    """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(
-            f"a {type(layer).__name__} got a state that is no real floating point tensor: {type(x).__name__}"
-        )
-    node: Any = x.grad_fn if x.output_nr == 0 and not watched(x) else None
-    run = getattr(node, "run", None)
-    with SWAPPING:
-        outside = [tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad]
-        if isinstance(run, Run) and run.stack is stack and node.number == len(run.layers) and run.knows(outside):
-            return run.call(layer, target, x, x, args, kwargs)
-        if _follows(stack, layer, x):
-            warnings.warn(
-                f"a {type(layer).__name__} got another state than the layer before it returned ({cause(x, layer)}), or "
-                "a tensor that needs gradients and was not given to the stack's first layer; a new run of Highway-BP "
-                "begins there, and backprop is exact from run to run",
-                stacklevel=3,
-            )
-        run = Run.begin(stack, outside)
-        return run.call(layer, target, x, Entry.apply(run, x, *run.originals.values()), args, kwargs)
-
-
-def _follows(stack: Stack, layer: nn.Module, x: Tensor) -> bool:
-    """Whether x was made from what the layer before this one returned, so that a run that begins here is a loss."""
-    ids = [id(member) for member in stack.members()]
-    before = {one for one, other in pairwise(ids) if other == id(layer) != ids[0]}
-    found = [node for node in nodes([x.grad_fn], _in_a_run) if _in_a_run(node)] if before else []
-    links = [node for node in found if node.run.stack is stack and hasattr(node, "number")]
-    return any(id(link.run.layers[link.number - 1]) in before for link in links)
-
-
-def _in_a_run(node: Any) -> bool:
-    return isinstance(getattr(node, "run", None), Run)
+    call: Call
+    output: Any
+    places: list[int]
+    """Of the output's tensors that need gradients of their own, the next state first."""
+    results: tuple[Tensor, ...]
+    """These tensors."""
 
 
 @dataclass(eq=False)
@@ -126,31 +91,40 @@ class Run:
 
     def call(self, layer: nn.Module, target: nn.Module, x: Tensor, carrier: Tensor, args: Any, kwargs: Any) -> Any:
         """Call one layer on the state x, as `call_layer`; ``carrier`` is the outer tensor its link hangs on."""
+        made = self.made(layer, target, x, args, kwargs)
+        outputs = made.output if isinstance(made.output, tuple) else (made.output,)
+        handed: list[Any] = [self.originals.get(id(out), out) for out in outputs]  # an argument handed on
+        for i, tensor in zip(made.places, self.tied([made.call], made.results, carrier), strict=True):
+            handed[i] = tensor
+        if not isinstance(made.output, tuple):
+            return handed[0]
+        return type(made.output)(*handed) if hasattr(made.output, "_fields") else tuple(handed)
+
+    def made(self, layer: nn.Module, target: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Made:
+        """Call one layer on the state x, as `call`; nothing is tied to the run yet."""
         name = f"layer {len(self.layers)}, a {type(layer).__name__},"
-        prefix = "" if target is layer else "layer."
-        named = layer.named_parameters(remove_duplicate=False)
-        own = {prefix + parameter: self.leaves.get(id(p), p) for parameter, p in named}
+        held = list(places_of(layer, "" if target is layer else "layer."))
+        own = {place.name: self.leaves.get(id(place.held), place.held) for place in held}
         swap, start = Swap(self.leaves), self.start(x)
         arguments = swap(args), {key: swap(value) for key, value in kwargs.items()}
         with no_backward_hooks(name, target, layer):
-            output = run_layer(name, target, own, start, *arguments)
+            output = run_layer(name, target, held, own, start, *arguments)
         swap.check_unwritten(name)
         outputs = output if isinstance(output, tuple) else (output,)
         y = next_state(name, output, x)
-        handed: list[Any] = [self.originals.get(id(out), out) for out in outputs]  # an argument handed on
-        places = [i for i, out in enumerate(handed) if i == 0 or (out is outputs[i] and needs_gradient(out))]
-        results = (depending(y, start), *(outputs[i] for i in places[1:]))
+        more = [i for i, out in enumerate(outputs) if i and needs_gradient(out) and id(out) not in self.originals]
+        results = (depending(y, start), *(outputs[i] for i in more))
         self._check_leaves(name, results, start)
-        declared = layer.residual_map(start.detach(), y.detach()) if hasattr(layer, "residual_map") else IDENTITY
-        ends, state = tuple(map(edge, results)), y.detach()
+        state, ends = y.detach(), tuple(map(edge, results))
+        declared = layer.residual_map(start.detach(), state) if hasattr(layer, "residual_map") else IDENTITY
         call = Call(
             layer, target, own, arguments, declared, Modes.now(x), start, ends, state, version(own, start, state)
         )
-        for i, tensor in zip(places, self._tied(call, results, carrier), strict=True):
-            handed[i] = tensor
-        if not isinstance(output, tuple):
-            return handed[0]
-        return type(output)(*handed) if hasattr(output, "_fields") else tuple(handed)
+        self.layers.append(layer)
+        record = RECORD.get()
+        if record is not None:
+            record.append((self.stack, call))
+        return Made(call, output, [0, *more], results)
 
     def start(self, x: Tensor) -> Tensor:
         """What the next call starts from, with the values of x."""
@@ -166,23 +140,20 @@ class Run:
                 "use_cache=False, or set iterations=None"
             )
 
-    def _tied(self, call: Call, results: tuple[Tensor, ...], carrier: Tensor) -> tuple[Tensor, ...]:
-        """A call's results, tied to the run by a new link."""
-        self.layers.append(call.module)
-        record = RECORD.get()
-        if record is not None:
-            record.append((self.stack, call))
-        handed: tuple[Tensor, ...] = Link.apply(self, call, results, carrier)
+    def tied(self, calls: list[Call], results: tuple[Tensor, ...], carrier: Tensor) -> tuple[Tensor, ...]:
+        """The results of the last of these calls, tied to the run by a new link."""
+        handed: tuple[Tensor, ...] = Link.apply(self, calls, results, carrier)
         return handed
 
-    def reached(self, number: int, call: Call, cotangents: tuple[Tensor | None, ...]) -> bool:
-        """Take in a call with the cotangents that a backward pass has brought; whether it is the pass's first."""
+    def reached(self, number: int, calls: list[Call], cotangents: tuple[Tensor | None, ...]) -> bool:
+        """Take in a link's calls, the last with what a backward pass has brought; whether it is the pass's first."""
         task: int = torch._C._current_graph_task_id()
         first = task != self.task
         if first:  # one before that never came to the entry left its calls here
             self.calls.clear()
             self.task = task
-        self.calls[number] = call, cotangents
+        for i, call in enumerate(reversed(calls)):
+            self.calls[number - i] = call, (None,) * len(call.ends) if i else cotangents
         return first
 
     def gradients(self) -> tuple[Tensor, list[Tensor | None]]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hbp.backends.torch.stack.options import Stack
-from hbp.backends.torch.stack.run import call_layer
+from hbp.backends.torch.stack.tracked import call_layers
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
@@ -23,7 +23,7 @@ class Sequential(Stack, nn.Sequential):
     and scans along their residual maps. Randomness and buffers are those of that one run. A tensor that needs gradients
     and is neither a layer's parameter nor given to it is refused, as are second derivatives and backward hooks inside
     a layer, which would run once per round; hooks on a state's ``grad_fn`` are not seen. `torch.compile` breaks its
-    graph at each layer.
+    graph at the stack.
 
     Args:
         *layers: whole layers, skip included; those of `Residual` and `PostNorm` know their residual map, any other
@@ -78,8 +78,9 @@ class Sequential(Stack, nn.Sequential):
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        tracked = self.tracks(x, args, kwargs)
+        if len(self) and self.tracks(x, args, kwargs):
+            return call_layers(self, x, args, kwargs)
         for layer in self:
-            found = call_layer(self, layer, layer, x, args, kwargs) if tracked else layer(x, *args, **kwargs)
+            found = layer(x, *args, **kwargs)
             x = found[0] if isinstance(found, tuple) else found
         return x

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hbp.backends.torch.autograd import alike, numberless
-from hbp.backends.torch.stack.batched import BatchedGraph, promising, refusal, structure
+from hbp.backends.torch.stack.batched import BatchedGraph, Candidates
 from hbp.backends.torch.stack.graphs import Call, LayerGraphs
 from hbp.core.backend import Backend
 
@@ -35,11 +35,14 @@ class Verdict:
         Raises:
             RuntimeError: stacked=True, and they cannot be pulled back all at once.
         """
-        reason = "pinned" if stacked is False else refusal(calls)
-        if reason is None and stacked is None and not promising(calls):
+        if stacked is False:
+            return LayerGraphs.of(calls), Verdict("loop: pinned", self.proved)
+        candidates = Candidates.of(calls)
+        reason = candidates.refusal()
+        if reason is None and stacked is None and not candidates.promising():
             reason = "too large, or of different settings"
         if reason is None:
-            graph, kind = BatchedGraph(calls, stacked is None), structure(calls[0])
+            graph, kind = BatchedGraph(calls, stacked is None), candidates.structure()
             layers = {(id(call.module), id(calls[0].module), kind) for call in calls}
             reason = _objection(graph, leaves, layers <= self.proved, backend)
             if reason is None:
