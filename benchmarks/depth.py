@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.depth --out depth.json
 
 All ranks measure the costs of the whole stack at the same time, as they share caches and memory afterwards, and the
-slowest counts; the link between ranks is measured by its own messages. A prediction is worth something only where every
-rank has a core of its own.
+slowest counts; the link is measured by the collective that each round waits for. A prediction is worth something only
+where every rank has a core of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import hbp.backends.torch as hb
 from benchmarks.environment import environment
 from hbp.planning import Costs, Link, Step
 
-ROUNDS = 15
+REPEATS, ROUNDS = 5, 5
 KS = (None, 1, 3)
 
 
@@ -47,9 +47,8 @@ def loss_of(model: Any, x: Any) -> Any:
     return model(x).square().mean()
 
 
-def milliseconds(steps: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
-    """Medians of interleaved rounds, of the slowest rank each; collective."""
-    times: dict[Any, list[float]] = {name: [] for name in steps}
+def milliseconds(steps: dict[Any, Callable[[], Any]], times: dict[Any, list[float]]) -> None:
+    """Interleaved rounds, of the slowest rank each, added to ``times``; collective."""
     for turn in range(ROUNDS + 1):
         for name, step in steps.items():
             dist.barrier()
@@ -58,30 +57,36 @@ def milliseconds(steps: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
             took = torch.tensor(perf_counter() - start)
             dist.all_reduce(took, dist.ReduceOp.MAX)
             if turn:
-                times[name].append(1e3 * float(took))
-    return {name: median(found) for name, found in times.items()}
+                times.setdefault(name, []).append(1e3 * float(took))
+
+
+def costs_of(whole: Any, x: Any) -> tuple[Costs, dict[int, float]]:
+    """What a stage costs on the slowest rank while all of them measure, and the error of each k; collective."""
+    count = dist.get_world_size()
+    dist.barrier()
+    with redirect_stdout(StringIO()):
+        plan = hb.plan(whole, loss_of, x, stages=(count,), microbatches=(1,), iterations=(1, 3))
+    found: list[Any] = [None] * count
+    dist.all_gather_object(found, plan.costs[count])
+    slowest = {name: max(getattr(one, name) for one in found) for name in vars(found[0])}
+    return Costs(**slowest), {k: plan.errors[count, k] for k in (1, 3)}
 
 
 def link_of(state: Any) -> Link:
-    """Latency and bandwidth of a message from rank 0 to rank 1, from a short and a long one; collective."""
-    seconds = []
+    """Latency and bandwidth of an all-gather, which a round waits for, from a short and a long one; collective."""
+    seconds, others = [], dist.get_world_size() - 1
     for x in (torch.zeros(1), torch.zeros_like(state)):
-        found = []
-        for _ in range(ROUNDS + 1):
+        found, room = [], [torch.empty_like(x) for _ in range(others + 1)]
+        for _ in range(16):
             dist.barrier()
             start = perf_counter()
-            if dist.get_rank() == 0:
-                dist.send(x, 1)
-                dist.recv(x, 1)  # there and back
-            elif dist.get_rank() == 1:
-                dist.recv(x, 0)
-                dist.send(x, 0)
-            found.append((perf_counter() - start) / 2)
+            dist.all_gather(room, x)
+            found.append(perf_counter() - start)
         seconds.append(median(found[1:]))
     numbers = torch.tensor(seconds)
     dist.broadcast(numbers, 0)
     short, long = numbers.tolist()
-    return Link(4 * state.numel() / max(long - short, 1e-9), short)
+    return Link(others * 4 * state.numel() / max(long - short, 1e-9), short)
 
 
 def main() -> None:
@@ -96,13 +101,6 @@ def main() -> None:
     torch.set_num_threads(1)
     x = torch.randn(options.batch, options.width, generator=torch.Generator().manual_seed(1))
     whole = hb.Sequential(*layers_of(options.layers, options.width))
-    dist.barrier()
-    with redirect_stdout(StringIO()):
-        plan = hb.plan(whole, loss_of, x, stages=(count,), microbatches=(1,), iterations=(1, 3))
-    found: list[Any] = [None] * count
-    dist.all_gather_object(found, plan.costs[count])
-    costs = Costs(**{name: max(getattr(one, name) for one in found) for name in vars(found[0])})
-    errors = {k: plan.errors[count, k] for k in (1, 3)}
     link = link_of(x)
     share = options.layers // count
     own = layers_of(options.layers, options.width)[here * share : (here + 1) * share]
@@ -122,12 +120,18 @@ def main() -> None:
         if here == 0:
             loss_of(whole, x).backward()
 
-    times = milliseconds({"one process": alone, **{k: step(k) for k in KS}})
+    times: dict[Any, list[float]] = {}
+    measured = []
+    for _ in range(REPEATS):  # in turns, as a shared machine is now faster and now slower
+        costs, errors = costs_of(whole, x)
+        measured.append(costs)
+        milliseconds({"one process": alone, **{k: step(k) for k in KS}}, times)
+    costs = Costs(**{name: median(getattr(one, name) for one in measured) for name in vars(costs)})
     at = Step(costs, link, count, 1)
     predicted = {"one process": None, None: at.gpipe(), **{k: at.highway(k) for k in KS if k is not None}}
     if here == 0:
         rows = []
-        for name, ms in times.items():
+        for name, ms in ((name, median(found)) for name, found in times.items()):
             guess = predicted[name]
             title = name if isinstance(name, str) else "exact, in turns" if name is None else f"k = {name}"
             error = errors.get(name) if isinstance(name, int) else 0.0
