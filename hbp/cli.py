@@ -1,4 +1,4 @@
-"""The command line: ``hbp compare`` (the main job), ``hbp plan`` and ``hbp info``."""
+"""The command line: ``hbp compare`` (the main job), ``hbp plan``, ``hbp tune`` and ``hbp info``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import hbp
 from hbp.availability import availability
 from hbp.backends._kernels import level
+from hbp.backends._tuning import VARIABLE, timings
 from hbp.core.registry import LIBRARIES, load
+from hbp.tuning import LIBRARIES as TUNED
 
 if TYPE_CHECKING:
     from hbp.demo.compare import Run, Settings
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 2 for bad input, 130 when interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        _check_environment()
+        _check_environment(options.run is not _tune)  # which mends the times
         return int(options.run(options))
     except _InputError as error:
         print(f"hbp: {error}", file=sys.stderr)
@@ -42,10 +44,12 @@ class _InputError(Exception):
     """Bad input, found before any work is done."""
 
 
-def _check_environment() -> None:
+def _check_environment(with_times: bool) -> None:
     try:
         level()
-    except ValueError as error:
+        if with_times:
+            timings()
+    except (ValueError, OSError) as error:
         raise _InputError(str(error)) from error
 
 
@@ -84,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--output", type=Path, default=Path("hbp-compare"), metavar="FOLDER", help="made if missing")
     _add_plan(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -108,6 +113,20 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--plot", type=Path, metavar="FILE", help="a picture of time against P")
 
 
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="measure on this CPU which way is the fastest at which size, and keep that",
+        description="Time forward, backward and training steps of recurrent layers and stacks at a few sizes on this "
+        "machine's CPU, in about three quarters of a minute, and keep the times in the user's cache folder, where the "
+        "library looks from then on. Let the machine be idle meanwhile.",
+    )
+    tune.set_defaults(run=_tune)
+    tune.add_argument("--backend", choices=TUNED, help="one library only (default: all that are installed)")
+    tune.add_argument("--output", type=Path, metavar="FILE", help=f"elsewhere, for the variable {VARIABLE}")
+    tune.add_argument("--forget", action="store_true", help="delete the times kept, and go back to those shipped")
+
+
 def _at_least(minimum: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
         try:
@@ -127,6 +146,27 @@ def _info(_: argparse.Namespace) -> int:
         print(f"  {name:<6} {state}")
         if state.device is not None:
             print(f"         kernels: {load(name).backend.kernel_state()}")
+    print(f"  times  {timings().source}")
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from hbp.backends import _tuning
+    from hbp.tuning import tune
+
+    if options.forget:
+        _tuning.cache_file().unlink(missing_ok=True)
+        print(f"deleted {_tuning.cache_file()}")
+        return 0
+    compiled = find_spec("numba") is not None
+    installed = [name for name in TUNED if find_spec(name) is not None and (compiled or name != "numpy")]
+    if not installed:
+        raise _InputError("nothing to tune: neither Numba nor PyTorch is installed; pip install 'hbp[numba]'")
+    try:
+        path = tune([options.backend] if options.backend else installed, path=options.output)
+    except (ImportError, OSError, ValueError) as error:
+        raise _InputError(str(error)) from error
+    print(f"wrote {path}")
     return 0
 
 

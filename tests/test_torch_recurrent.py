@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from torch_oracles import opened
 
 import hbp
+from hbp.backends._tuning import Timing, Timings, given, pinned
 
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
@@ -22,10 +25,11 @@ LENGTHS = torch.tensor([3, 9, 1, 5])
 
 
 def pair(kind: str, dtype: Any = torch.float64, own: Any = None, **options: Any) -> tuple[Any, Any]:
-    """The vendor's layer and ours, with the same weights."""
+    """The vendor's layer and ours, with the same weights and, unless told otherwise, the vendor's forward."""
     torch.manual_seed(1)
+    own = {"compiled": False} | (own or {"exact": "adjoint"})
     vendor = getattr(torch.nn, kind)(I, H, **options).to(dtype)
-    ours = getattr(hb, kind)(I, H, **options, **(own or {"exact": "adjoint"})).to(dtype)
+    ours = getattr(hb, kind)(I, H, **options, **own).to(dtype)
     ours.load_state_dict(vendor.state_dict())
     return vendor, ours
 
@@ -110,9 +114,9 @@ def test_iterates_are_those_of_the_cells(kind, k, chunk, residual):
 @pytest.mark.parametrize("keep", ["gates", "states"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_compiled_forward(kind, dtype, keep, monkeypatch):
+def test_a_compiled_forward(kind, dtype, keep):
     """Off the vendor's by rounding, the same in every mode; its gates serve every iterate, twice, and after a write."""
-    forwards = pytest.importorskip("hbp.backends._numba.forwards")
+    pytest.importorskip("numba")
     vendor, ours = pair(kind, dtype, own={"iterations": 2, "compiled": True, "keep": keep}, num_layers=2)
     _, plain = pair(kind, dtype, own={"iterations": 2}, num_layers=2)
     x = (3 * torch.randn(40, B, I, dtype=dtype)).requires_grad_()
@@ -137,8 +141,9 @@ def test_a_compiled_forward(kind, dtype, keep, monkeypatch):
     with torch.no_grad():
         y.zero_()
     close(torch.autograd.grad(y.sum(), [x]), first, 1e-12)
-    monkeypatch.setattr(forwards, "COMPILED", 0)  # the library's product at each step
-    close([ours(x)[0].detach()], values[:1], 1e-6 if dtype == torch.float32 else 1e-14)
+    for way in ("calls", "loop"):
+        with pinned(gru_forward=way, lstm_forward=way):
+            close([ours(x)[0].detach()], values[:1], 1e-6 if dtype == torch.float32 else 1e-14)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,7 +180,8 @@ def test_where_there_is_no_compiled_forward_the_vendors_runs(kind, monkeypatch):
     ours.float(), vendor.float()
     ours.iterations, ours.exact = None, "library"
     equal([ours(x)[0]], [vendor(x)[0]])
-    assert "compiled=True, keep='gates'" in repr(ours)
+    ours.keep = "states"
+    assert "compiled=True, keep='states'" in repr(ours)
     ours.iterations, ours.compiled = 2, "yes"
     with pytest.raises(ValueError, match="compiled='yes'"):
         ours(x)
@@ -290,23 +296,75 @@ def test_less_is_saved_than_by_the_vendor(kind, keep):
     assert gates or saved[ours] < saved[vendor] / 2
 
 
-def test_the_exact_path_is_seen_and_pinned(monkeypatch):
-    monkeypatch.setenv("HBP_KERNELS", "off")
-    x = torch.randn(T, B, I)
-    assert hb.GRU(I, H).exact_path(x) == "adjoint"
-    assert hb.LSTM(I, H).exact_path(x) == "library"
-    assert hb.GRU(I, 512).exact_path(x[:, :1]) == "adjoint"
-    assert hb.GRU(I, 512).exact_path(x) == "library"  # B H^2 = 1e6
-    assert hb.GRU(I, 512, batch_first=True).exact_path(x.transpose(0, 1)) == "library"
-    assert hb.GRU(I, 512).exact_path(x[:, 0]) == "adjoint"
+def times(**ways: float) -> Timings:
+    """A table with times of steps of both cells: those given at B = 4, H = 5, and the library's fastest at H = 512."""
+    rows = []
+    for task, library in product(("gru step", "lstm step"), ("torch", "torch, plain")):
+        rows.append(Timing(task, library, 4, 5, {"library": 3e-6, "adjoint": 2e-6, "compiled": 1e-6, **ways}))
+        rows.append(Timing(task, library, 4, 512, {"library": 1e-6, "adjoint": 2e-6, "compiled": 3e-6}))
+    return Timings("made up", tuple(rows))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_path_is_the_fastest_measured_at_the_nearest_size(kind, monkeypatch):
+    layer, large = getattr(hb, kind)(I, H), getattr(hb, kind)(I, 512)
+    first = getattr(hb, kind)(I, 512, batch_first=True)
+    x, compiled = torch.randn(T, B, I), find_spec("numba") is not None
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
-    assert hb.GRU(I, 512).exact_path(packed) == "library"
+    with given(times()):
+        own = "compiled" if compiled else "library"
+        for given_input in (x, x[:, 0], packed):
+            assert (layer.path(given_input).forward, layer.path(given_input).backward) == (own, "adjoint")
+            assert (large.path(given_input).forward, large.path(given_input).backward) == ("library", "library")
+        assert first.path(x.transpose(0, 1)).backward == "library"
+        why = layer.path(x).why
+        assert "B = 4, H = 5" in why
+        assert "library 3, adjoint 2" in why
+        assert why.endswith("made up")
+        layer.iterations = large.iterations = 2
+        assert (layer.path(x).forward, large.path(x).forward) == (own, "library")
+        assert layer.path(x).backward == large.path(x).backward == "rounds"
+        layer.compiled = False
+        assert layer.path(x) == hb.GRU(I, H, iterations=2, compiled=False).path(x)
+        layer.iterations, layer.compiled = None, True
+        assert layer.path(x).forward == own
+        half = torch.zeros(T, B, I, dtype=torch.bfloat16)
+        assert layer.to(torch.bfloat16).path(half).forward == "library"
+    with given(times(adjoint=1e-9)):
+        monkeypatch.setenv("HBP_KERNELS", "off")
+        assert getattr(hb, kind)(I, H).path(x).forward == "library"
+        assert getattr(hb, kind)(I, H).path(x).backward == "adjoint"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_default_is_the_vendors_to_rounding_and_the_same_in_every_mode(kind, dtype):
+    """Whichever way is the fastest; with dropout between layers, whose numbers are the vendor's too."""
+    vendor, ours = pair(kind, dtype, own={"compiled": None}, num_layers=2, dropout=0.5)
+    x = torch.randn(T, B, I, dtype=dtype, requires_grad=True)
+    for way in ({}, {"library": 1e-9}, {"adjoint": 1e-9}, {"compiled": 1e-9}):
+        with given(times(**way)):
+            for train in (True, False):
+                found = []
+                vendor.train(train), ours.train(train)
+                for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+                    torch.manual_seed(3)
+                    with mode():
+                        found.append(ours(x)[0].detach())
+                torch.manual_seed(3)
+                close(found, [vendor(x)[0]] * 3, 1e-6 if dtype == torch.float32 else 1e-14)
+                if ours.path(x).forward == "compiled":  # oneDNN's LSTM has another kernel without gradients
+                    equal(found[1:], found[:1] * 2)
+
+
+def test_exact_backprop_is_pinned():
+    x = torch.randn(T, B, I)
     layer = hb.GRU(I, H, exact="library")
-    assert layer.exact_path(x) == "library"
+    assert layer.path(x).backward == "library"
     y, _ = layer(x.requires_grad_())
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     gradient.square().sum().backward()  # second derivatives are the library's
-    y, _ = hb.GRU(I, H)(x)
+    y, _ = hb.GRU(I, H, exact="adjoint")(x)
     with pytest.raises(RuntimeError, match=r'no second derivatives .* exact="library"'):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
@@ -324,8 +382,9 @@ def test_schedules_advance_by_steps():
         hb.set_iterations(torch.nn.Linear(1, 1), 3)
 
 
-def test_compiled_models_break_their_graph_at_the_layer():
-    _, ours = pair("GRU", own={"iterations": 2})
+@pytest.mark.parametrize("forward", [None, False])
+def test_compiled_models_break_their_graph_at_the_layer(forward):
+    _, ours = pair("GRU", own={"iterations": 2, "compiled": forward})
     x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
     expected = values_and_gradients(ours, x)[1]
     compiled = torch.compile(ours, backend="eager")

@@ -16,14 +16,10 @@ import numpy as np
 from hbp.backends._numba import loops
 from hbp.backends._numba.compile import Threads, as_numpy, own_threads
 from hbp.backends._numba.loops import APART, EXACT, ROUND
+from hbp.backends._tuning import fastest
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 from hbp.cells._common import matmul, previous
 from hbp.core.backend import Array
-
-COMPILED = 1 << 15
-"""Batch size times the square of the hidden size, for each thread, below which a step's product is compiled too; from
-there on the library's is so much faster that two calls for each step are made up for."""
-
 
 SPAN = 1 << 20
 """Numbers in the largest array of a span of time: it stays in the caches, and in memory that was written before."""
@@ -178,7 +174,8 @@ def _exact(
 ) -> None:
     """All steps from the last to the first, with the product ``carry += d[t] @ weight`` at the end of each."""
     batch, size = carry.shape
-    if batch * size**2 < COMPILED * min(threads.count, batch):
+    cell = "gru" if weight.shape[0] == 3 * size else "lstm"
+    if in_loop(f"{cell} backward", backend, batch, size):
         threads.run(partial(run, EXACT, 0, length), batch, length * batch * 4 * size * size)
         return
     for t in range(length - 1, -1, -1):
@@ -206,6 +203,11 @@ def _rounds(
             for own in carries:
                 own[...] = 0
         threads.run(partial(run, ROUND if k else APART, 0, length), batch, 64 * length * batch * size)
+
+
+def in_loop(task: str, backend: Any, batch: int, size: int) -> bool:
+    """Whether each step's product with the recurrent weights is computed in the compiled loop, or by a call of it."""
+    return fastest(task, backend.name, batch, size, ("loop", "calls")) == "loop"
 
 
 def gru_bias(params: GRUParameters, dtype: Any) -> np.ndarray:

@@ -8,14 +8,11 @@ from typing import Any
 import numpy as np
 
 from hbp.backends._numba import loops
-from hbp.backends._numba.adjoints import _empty, gru_bias, lstm_bias
+from hbp.backends._numba.adjoints import _empty, gru_bias, in_loop, lstm_bias
 from hbp.backends._numba.compile import Threads, as_numpy, own_threads
 from hbp.cells import GRUParameters, LSTMParameters
 from hbp.cells._common import matmul
 from hbp.core.backend import Array
-
-COMPILED = 1 << 16
-"""As in `hbp.backends._numba.adjoints`, for the forward; a guess, not searched for."""
 
 
 def gru_forward(
@@ -36,11 +33,10 @@ def gru_forward(
         _empty(h0, (length if keep else 1, batch, size)),
     )
     rec = _empty(h0, (batch, 3 * size))
-    dtype = as_numpy(a).dtype
-    weight = np.ascontiguousarray(as_numpy(params.weight_hh).T)
+    dtype, compiled = as_numpy(a).dtype, in_loop("gru forward", backend, batch, size)
     arrays = map(as_numpy, (a, q, h, np.array(as_numpy(h0), order="C"), rec))
-    run = partial(loops.gru_run(dtype), *arrays, weight, gru_bias(params, dtype), int(keep))
-    if batch * size**2 < COMPILED * min(threads.count, batch):
+    run = partial(loops.gru_run(dtype), *arrays, _weight(params, compiled), gru_bias(params, dtype), int(keep))
+    if compiled:
         threads.run(partial(run, 1, 0, length), batch, length * batch * 3 * size * size)
     else:
         for t in range(length):
@@ -60,14 +56,20 @@ def lstm_forward(
     threads, (length, batch, _), (h0, c0) = threads or own_threads(), x.shape, initial
     size = h0.shape[-1]
     a, h, c = matmul(x, params.weight_ih.T), _empty(h0, (length, batch, size)), _empty(h0, (length, batch, size))
-    dtype = as_numpy(a).dtype
-    weight = np.ascontiguousarray(as_numpy(params.weight_hh).T)
+    dtype, compiled = as_numpy(a).dtype, in_loop("lstm forward", backend, batch, size)
     states = (np.array(as_numpy(state), order="C") for state in (h0, c0))
-    run = partial(loops.lstm_run(dtype), *map(as_numpy, (a, h, c)), *states, weight, lstm_bias(params, dtype))
-    if batch * size**2 < COMPILED * min(threads.count, batch):
+    arrays = (*map(as_numpy, (a, h, c)), *states, _weight(params, compiled), lstm_bias(params, dtype))
+    run = partial(loops.lstm_run(dtype), *arrays)
+    if compiled:
         threads.run(partial(run, 1, 0, length), batch, length * batch * 4 * size * size)
     else:
         for t in range(length):
             backend.add_product(a[t], h[t - 1] if t else h0, params.weight_hh.T)
             run(0, t, t + 1, 0, batch)
     return h, c, a
+
+
+def _weight(params: GRUParameters | LSTMParameters, compiled: bool) -> np.ndarray:
+    """The recurrent weights as the loop wants them, (H, 4H); nothing where it does without."""
+    weight = as_numpy(params.weight_hh)
+    return np.ascontiguousarray(weight.T) if compiled else np.empty((0, 0), weight.dtype)

@@ -21,14 +21,17 @@ APART, EXACT, ROUND = 0, 1, 2
 
 @numba.njit(inline="always")
 def _add_product(rows, weight, sums, start, stop):  # type: ignore[no-untyped-def]
-    """``sums[start:stop] += rows[start:stop] @ weight``, four rows at a time, so that each weight is loaded once."""
+    """``sums[start:stop] += rows[start:stop] @ weight``, in tiles of rows by columns of theirs: four by four, then two
+    by eight, then one by eight, so that weights and sums are seldom loaded.
+    """
     length, width = weight.shape
-    full = length - length % 4
     four = stop - (stop - start) % 4
+    two = stop - (stop - start) % 2
+    even, full = length - length % 4, length - length % 8
     for b in range(start, four, 4):
         p0, p1, p2, p3 = rows[b], rows[b + 1], rows[b + 2], rows[b + 3]
         g0, g1, g2, g3 = sums[b], sums[b + 1], sums[b + 2], sums[b + 3]
-        for j in range(0, full, 4):
+        for j in range(0, even, 4):
             w0, w1, w2, w3 = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
             a00, a01, a02, a03 = p0[j], p0[j + 1], p0[j + 2], p0[j + 3]
             a10, a11, a12, a13 = p1[j], p1[j + 1], p1[j + 2], p1[j + 3]
@@ -39,17 +42,46 @@ def _add_product(rows, weight, sums, start, stop):  # type: ignore[no-untyped-de
                 g1[i] += a10 * w0[i] + a11 * w1[i] + a12 * w2[i] + a13 * w3[i]
                 g2[i] += a20 * w0[i] + a21 * w1[i] + a22 * w2[i] + a23 * w3[i]
                 g3[i] += a30 * w0[i] + a31 * w1[i] + a32 * w2[i] + a33 * w3[i]
-    for b in range(four, stop):
-        p, g = rows[b], sums[b]
-        for j in range(0, full, 4):
+        _add_columns(rows, weight, sums, b, b + 4, even)
+    for b in range(four, two, 2):
+        p0, p1, g0, g1 = rows[b], rows[b + 1], sums[b], sums[b + 1]
+        for j in range(0, full, 8):
             w0, w1, w2, w3 = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
+            w4, w5, w6, w7 = weight[j + 4], weight[j + 5], weight[j + 6], weight[j + 7]
+            a00, a01, a02, a03 = p0[j], p0[j + 1], p0[j + 2], p0[j + 3]
+            a04, a05, a06, a07 = p0[j + 4], p0[j + 5], p0[j + 6], p0[j + 7]
+            a10, a11, a12, a13 = p1[j], p1[j + 1], p1[j + 2], p1[j + 3]
+            a14, a15, a16, a17 = p1[j + 4], p1[j + 5], p1[j + 6], p1[j + 7]
+            for i in range(width):
+                g0[i] += (a00 * w0[i] + a01 * w1[i] + a02 * w2[i] + a03 * w3[i]) + (
+                    a04 * w4[i] + a05 * w5[i] + a06 * w6[i] + a07 * w7[i]
+                )
+                g1[i] += (a10 * w0[i] + a11 * w1[i] + a12 * w2[i] + a13 * w3[i]) + (
+                    a14 * w4[i] + a15 * w5[i] + a16 * w6[i] + a17 * w7[i]
+                )
+        _add_columns(rows, weight, sums, b, b + 2, full)
+    for b in range(two, stop):
+        p, g = rows[b], sums[b]
+        for j in range(0, full, 8):
+            w0, w1, w2, w3 = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
+            w4, w5, w6, w7 = weight[j + 4], weight[j + 5], weight[j + 6], weight[j + 7]
             a0, a1, a2, a3 = p[j], p[j + 1], p[j + 2], p[j + 3]
+            a4, a5, a6, a7 = p[j + 4], p[j + 5], p[j + 6], p[j + 7]
             for i in range(width):
-                g[i] += (a0 * w0[i] + a1 * w1[i]) + (a2 * w2[i] + a3 * w3[i])
+                g[i] += ((a0 * w0[i] + a1 * w1[i]) + (a2 * w2[i] + a3 * w3[i])) + (
+                    (a4 * w4[i] + a5 * w5[i]) + (a6 * w6[i] + a7 * w7[i])
+                )
+        _add_columns(rows, weight, sums, b, b + 1, full)
+
+
+@numba.njit(inline="always")
+def _add_columns(rows, weight, sums, start, stop, first):  # type: ignore[no-untyped-def]
+    """The same with the columns of the rows from ``first`` on."""
     for b in range(start, stop):
-        for j in range(full, length):
-            a, w, g = rows[b, j], weight[j], sums[b]
-            for i in range(width):
+        g = sums[b]
+        for j in range(first, weight.shape[0]):
+            a, w = rows[b, j], weight[j]
+            for i in range(weight.shape[1]):
                 g[i] += a * w[i]
 
 

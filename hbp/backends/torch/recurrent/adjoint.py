@@ -1,8 +1,7 @@
-"""Who computes a recurrent layer's exact backward, and the GRU's adjoint as PyTorch runs it best without a compiler."""
+"""Recurrent nets' backend: what is compiled, and the GRU's adjoint as PyTorch runs it best without a compiler."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,13 +13,6 @@ from hbp.backends.torch.autograd import without_autocast
 from hbp.cells import GRUParameters, GRUPullback
 from hbp.cells._spans import pull_in_spans, spans_of
 from hbp.core.chain import LinearizedChain
-
-# Below which B H^2 the adjoint is the faster exact backward on a CPU, by the cell and by whether it is compiled.
-# Measured on two cores at T = 1024. The compiled GRU's backward took 1/30 of torch's time at B H^2 = 4e3 and 0.85 of it
-# at 4e6 and beyond; the plain one's whole training step 1/4 at 4e3, 0.6 at 1.3e5, 0.8 to 1.2 times it at 5e5, where
-# recomputing the gates costs what is saved. The compiled LSTM's backward took 0.45 of oneDNN's time at 4e3, 0.85 at
-# 1.6e4, 1.3 times it at 6.5e4; the plain one is never faster.
-ADJOINT_SIZES = {("GRU", True): math.inf, ("GRU", False): 4e5, ("LSTM", True): 2e4, ("LSTM", False): 0}
 
 
 class RecurrentBackend(TorchBackend):
@@ -37,13 +29,10 @@ class RecurrentBackend(TorchBackend):
             return False
         return self.kernel(f"{mode.lower()}_forward", *(tensor.detach() for tensor in tensors)) is not None
 
-    def adjoint_pays(self, mode: str, x: Tensor, batch: int, hidden: int) -> bool:
-        """Whether the exact adjoint of a "GRU" or an "LSTM" on such inputs is faster than torch's own backward."""
-        if x.device.type != "cpu":
-            return False
+    def adjoint_compiled(self, mode: str, x: Tensor) -> bool:
+        """Whether the exact adjoint on such inputs is compiled."""
         with without_autocast("cpu"):  # as the backward runs
-            compiled = self.kernel(f"{mode.lower()}_adjoint", x.detach()) is not None
-        return batch * hidden**2 < ADJOINT_SIZES[mode, compiled]
+            return self.kernel(f"{mode.lower()}_adjoint", x.detach()) is not None
 
 
 BACKEND = RecurrentBackend()

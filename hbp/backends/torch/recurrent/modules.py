@@ -1,14 +1,14 @@
 """Drop-in `torch.nn.GRU` and `torch.nn.LSTM` whose backward pass is Highway-BP or an exact adjoint without a graph.
 
-The forward is the vendor's own kernel, or a compiled one, layer by layer on detached tensors, in the caller's grad
-mode. Saved for the backward are each layer's inputs and outputs and, where a compiled forward keeps them, the gates;
-else these are computed again, for all steps at once, and the LSTM's states c by a scan.
+The forward is the vendor's own kernel, or a compiled one where that is faster, layer by layer on detached tensors, in
+the caller's grad mode. Saved for the backward are each layer's inputs and outputs and, where a compiled forward keeps
+them, the gates; else these are computed again, for all steps at once, and the LSTM's states c by a scan.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,12 @@ from torch.nn.utils.rnn import PackedSequence
 from hbp.backends.torch.autograd import opaque, refuse_transforms, transformed
 from hbp.backends.torch.options import Scheduled
 from hbp.backends.torch.recurrent.adjoint import BACKEND
+from hbp.backends.torch.recurrent.choice import Exact, Path, choose
 from hbp.backends.torch.recurrent.layer import Compiled, Options, RecurrentLayer, Vendor
 from hbp.cells._common import Keep, check_keep
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
-
-Exact: TypeAlias = Literal["adjoint", "library"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class _Sequence:
 class _Recurrent(Scheduled, torch.nn.RNNBase):
     """What `GRU` and `LSTM` share. Their options are plain attributes; each forward reads them."""
 
-    compiled: bool = False  # here for layers that were stored before there were these options
+    compiled: bool | None = False  # here for layers that were stored before there were these options
     keep: Keep = "gates"
 
     def __init__(
@@ -50,7 +49,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         solver: Solver | None = None,
         residual: LinearOperator | None = None,
         exact: Exact | None = None,
-        compiled: bool = False,
+        compiled: bool | None = None,
         keep: Keep = "gates",
         **kwargs: Any,
     ) -> None:
@@ -70,9 +69,10 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         """
         if self.exact not in (None, "adjoint", "library"):
             raise ValueError(f"exact={self.exact!r}; give 'adjoint', 'library', or None for the faster one")
-        if self.compiled not in (True, False):
+        if self.compiled not in (None, True, False):
             raise ValueError(
-                f"compiled={self.compiled!r}; give True for this library's forward, False for the vendor's"
+                f"compiled={self.compiled!r}; give True for this library's forward, False for PyTorch's, bit for bit, "
+                "or None for the faster one"
             )
         check_keep(self.keep)
         if self.residual is not None and not isinstance(self.residual, LinearOperator):
@@ -80,27 +80,40 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         forward = Vendor(self.mode == "LSTM", self.bias, self.training, self.bidirectional)
         return Options(forward, self.current(), self.residual)
 
-    def exact_path(self, input: Any) -> Exact:  # noqa: A002
-        """The exact backward that ``iterations=None`` means for such an input; ``self.exact`` pins it.
+    def path(self, input: Any) -> Path:  # noqa: A002
+        """Who computes forward and backward for such an input, and why: what ``compiled`` and ``exact`` leave open is
+        what was measured fastest at the nearest size, by ``hbp tune`` or as shipped.
 
-        "adjoint", this library's without a graph, where it was measured faster, on a CPU. Else "library"; and always
-        where something transforms the call (`torch.func`, forward mode, a tracer, `torch.export`), which takes torch's
-        own graph only.
+        Where something transforms the call (`torch.func`, forward mode, a tracer, `torch.export`), exact backprop is
+        torch's own.
+
+        >>> GRU(8, 8, iterations=3, compiled=False).path(torch.randn(5, 1, 8))
+        Path(forward='library', backward='rounds', why='pinned')
         """
-        if transformed():
-            return "library"
-        if self.exact is not None:
-            return self.exact
+        data, _ = self._checked(input, None)
+        return self._path(input, data, self.options().solver.exact, (data, *self._flat_weights))
+
+    def _path(self, input: Any, data: Tensor, is_exact: bool, tensors: tuple[Tensor, ...]) -> Path:  # noqa: A002
+        if is_exact and transformed():
+            return Path("library", "library", "something transforms the call, which takes torch's own graph")
+        if is_exact and self.exact == "library":
+            return Path("library", "library", "pinned")
+        chosen: Path = self._chosen(input, data, is_exact, tensors)
+        return chosen
+
+    @opaque  # a compiler sees no table of times
+    def _chosen(self, input: Any, data: Tensor, is_exact: bool, tensors: tuple[Tensor, ...]) -> Path:  # noqa: A002
         packed = isinstance(input, PackedSequence)
-        data = input.data if packed else input
         batch = int(input.batch_sizes[0]) if packed else 1 if data.dim() < 3 else data.shape[1 - self.batch_first]
-        return "adjoint" if BACKEND.adjoint_pays(self.mode, data, batch, self.hidden_size) else "library"
+        compiled = bool(data.numel()) and self.compiled is not False and BACKEND.compiled(self.mode, tensors)
+        return choose(self.mode, data, batch, self.hidden_size, compiled, (self.compiled, self.exact, is_exact))
 
     def extra_repr(self) -> str:
         own = f", solver={self.solver}"
         own += "" if self.residual is None else f", residual={self.residual}"
         own += "" if self.exact is None else f", exact={self.exact!r}"
-        own += f", compiled=True, keep={self.keep!r}" if self.compiled else ""
+        own += "" if self.compiled is None else f", compiled={self.compiled}"
+        own += "" if self.keep == "gates" else f", keep={self.keep!r}"
         return f"{super().extra_repr()}{own}"
 
     def forward(self, input: Any, hx: Any = None) -> Any:  # noqa: A002 - the vendor's name
@@ -110,10 +123,9 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         if not options.solver.exact:
             refuse_transforms()
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *given, *self._flat_weights))
-        library = options.solver.exact and self.exact_path(input) == "library"
-        taking_part = (data, *given, *self._flat_weights)
-        own = self.compiled and not library and data.numel() and BACKEND.compiled(self.mode, taking_part)
-        if library or not (tracked or own):
+        path = self._path(input, data, options.solver.exact, (data, *given, *self._flat_weights))
+        own = path.forward == "compiled"
+        if path.backward == "library" or not (tracked or own):
             return super().forward(input, hx)
         if own:
             kept = tracked and self.keep == "gates"
@@ -216,10 +228,10 @@ class GRU(_Recurrent, torch.nn.GRU):
         solver: these three in one `hbp.Solver`, instead; all are attributes afterwards.
         residual: another residual path than the update gate's, as ``hbp.Zero()`` for the fixed point.
         exact: pins what None means: "adjoint" (this library's, without a graph) or "library" (torch's own).
-        compiled: whether the forward on a CPU is this library's, compiled by Numba: faster where batch and hidden size
-            are small, and off torch's by rounding (less than 1e-6 in float32, 1e-14 in float64). Torch's own runs where
-            there is none: on other devices, under autocast, inside `torch.compile`, in half precision, where None means
-            "library".
+        compiled: pins whether the forward on a CPU is this library's, compiled by Numba, in training and evaluation:
+            off torch's by rounding (less than 1e-6 in float32, 1e-14 in float64); False is torch's, bit for bit; None
+            the faster one at the input's batch size, which `path` tells. Torch's own runs where there is none: on other
+            devices, under autocast, in half precision, with ``exact="library"``.
         keep: what a compiled forward keeps for the backward: "gates" (fastest), or "states", the least memory.
 
     Outputs may be written into, as torch's own, but for writes that torch does not count, through ``.data`` or NumPy:

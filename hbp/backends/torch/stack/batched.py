@@ -14,17 +14,12 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch._functorch.vmap import lazy_load_decompositions
 
+from hbp.backends._tuning import fastest
 from hbp.backends.torch.autograd import SWAPPING
 from hbp.backends.torch.hooks import hooked
 from hbp.backends.torch.stack.graphs import Call, pull_back
 from hbp.core.backend import Backend
 from hbp.core.pullbacks import Pullbacks
-
-# Median times on two cores, float32, of the backward of L residual MLPs of width d at batch B, k = 3: batched over
-# loop 0.13 at (L, d, B) = (64, 32, 4), 0.3 at (64, 64, 32), 0.8 at (32, 256, 64) and (64, 128, 256), then 1.3 at
-# (12, 256, 1024) and (16, 1024, 64), 2.5 at (16, 512, 64). So: not beyond these numbers of elements per layer.
-BATCHED_PARAMETERS = 200_000
-BATCHED_STATE = 50_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +156,8 @@ class Candidates:
     def promising(self) -> bool:
         """Whether a `BatchedGraph` is worth trying: the layers' settings agree, and at their size it was faster."""
         first = self.calls[0]
-        if sum(p.numel() for p in first.parameters.values()) > BATCHED_PARAMETERS:
-            return False
-        if first.start.numel() > BATCHED_STATE:
+        parameters = sum(p.numel() for p in first.parameters.values())
+        if fastest("stack", "torch", first.start.numel(), parameters, ("loop", "stacked")) == "loop":
             return False
         settings = [_settings(module) for module in self.modules[0]]
         return all(_alike(settings, [_settings(module) for module in own]) for own in self.modules[1:])

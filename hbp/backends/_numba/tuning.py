@@ -1,0 +1,60 @@
+"""What the compiled loops take, with each step's product in them and with a call for each: for ``hbp tune``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from hbp.backends._numba.adjoints import gru_adjoint, lstm_adjoint
+from hbp.backends._numba.compile import Threads
+from hbp.backends._numba.forwards import gru_forward, lstm_forward
+from hbp.backends._tuning import SIZES, Timing, medians, pinned, steps_of
+from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
+
+
+def loops(backend: Any, convert: Callable[[np.ndarray], Any], threads: Threads) -> Iterator[Timing]:
+    """The times of both cells' loops on a library's arrays, size by size."""
+    for cell in ("gru", "lstm"):
+        for batch, hidden in SIZES:
+            for task, run in _tasks(cell, batch, hidden, backend, convert, threads).items():
+                runs = {way: _in_way(task, way, run) for way in ("loop", "calls")}
+                yield Timing(task, backend.name, batch, hidden, medians(runs, steps_of(batch, hidden)))
+
+
+def _in_way(task: str, way: str, run: Callable[[], Any]) -> Callable[[], Any]:
+    def pinned_run() -> None:
+        with pinned(**{task.replace(" ", "_"): way}):
+            run()
+
+    return pinned_run
+
+
+def _tasks(
+    cell: str, batch: int, hidden: int, backend: Any, convert: Callable[[np.ndarray], Any], threads: Threads
+) -> dict[str, Callable[[], Any]]:
+    """The forward that keeps the gates, and the exact way back from them with the inputs' gradients."""
+    rng, gates = np.random.default_rng(0), 3 if cell == "gru" else 4
+
+    def array(*shape: int) -> Any:
+        return convert(rng.standard_normal(shape, dtype=np.float32) / np.float32(hidden**0.5))
+
+    weights = array(gates * hidden, hidden), array(gates * hidden, hidden), array(gates * hidden), array(gates * hidden)
+    x, dh = (array(steps_of(batch, hidden), batch, hidden) for _ in range(2))
+    state = array(batch, hidden)
+    if cell == "gru":
+        gru = GRUParameters(*weights)
+        h, kept = gru_forward(gru, x, state, True, backend, threads)
+        back = GRUPullback(gru, x, state, h, backend, kept)
+        return {
+            "gru forward": lambda: gru_forward(gru, x, state, True, backend, threads),
+            "gru backward": lambda: gru_adjoint(back, dh, threads=threads),
+        }
+    lstm = LSTMParameters(*weights)
+    h, c, found = lstm_forward(lstm, x, (state, state), backend, threads)
+    lstm_back = LSTMPullback(lstm, x, (state, state), (h, c), backend, found)
+    return {
+        "lstm forward": lambda: lstm_forward(lstm, x, (state, state), backend, threads),
+        "lstm backward": lambda: lstm_adjoint(lstm_back, (dh, None), threads=threads),
+    }

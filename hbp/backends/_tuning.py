@@ -1,0 +1,202 @@
+"""Which of several ways to do one thing is the fastest on this processor, from times measured at a few sizes.
+
+``hbp tune`` measures on the user's machine and keeps the times in the user's cache folder; without them the ones
+shipped with the library speak, of another machine. The environment variable ``HBP_TUNED`` names a file to read instead,
+or is "shipped".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from functools import cache
+from math import hypot, log
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from types import MappingProxyType
+from typing import Any
+from zlib import crc32
+
+VARIABLE = "HBP_TUNED"
+SHIPPED = Path(__file__).with_name("tuned.json")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the ways to do one thing took at one size."""
+
+    task: str
+    """As "gru forward"."""
+    library: str
+    """Whose arrays and products: "numpy" or "torch"; "torch, plain" is without compiled loops."""
+    rows: int
+    """The batch size; of a stack, the numbers in a state."""
+    width: int
+    """The hidden size; of a stack, a layer's parameters."""
+    seconds: Mapping[str, float]
+    """By the way: those of one step, in float32."""
+
+    @property
+    def fastest(self) -> str:
+        return min(self.seconds, key=lambda way: self.seconds[way])
+
+
+@dataclass(frozen=True)
+class Timings:
+    """All times of one machine."""
+
+    source: str
+    """For people: whose they are."""
+    rows: tuple[Timing, ...]
+
+    def nearest(self, task: str, library: str, rows: int, width: int) -> Timing | None:
+        """The times at the size nearest to this one, by its ratios; None where the task was not measured."""
+
+        def distance(row: Timing) -> float:
+            return hypot(log(row.rows / max(rows, 1)), log(row.width / max(width, 1)))
+
+        return min((row for row in self.rows if (row.task, row.library) == (task, library)), key=distance, default=None)
+
+
+_pinned: ContextVar[Mapping[str, str]] = ContextVar("hbp_pinned_ways", default=MappingProxyType({}))
+
+
+@contextmanager
+def pinned(**ways: str) -> Iterator[None]:
+    """Take these ways, by tasks with underscores, in this thread, as ``pinned(gru_forward="calls")``; for measuring.
+
+    >>> with pinned(gru_forward="calls"):
+    ...     fastest("gru forward", "numpy", 1, 8, ("loop", "calls"))
+    'calls'
+    """
+    token = _pinned.set({**_pinned.get(), **{task.replace("_", " "): way for task, way in ways.items()}})
+    try:
+        yield
+    finally:
+        _pinned.reset(token)
+
+
+def fastest(task: str, library: str, rows: int, width: int, among: Sequence[str]) -> str:
+    """The fastest of some ways at the nearest size measured; the first of them where none was."""
+    way = _pinned.get().get(task)
+    return way if way is not None and way in among else _fastest(task, library, rows, width, tuple(among))
+
+
+@cache
+def _fastest(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> str:
+    row = timings().nearest(task, library, rows, width)
+    known = [] if row is None else [way for way in among if way in row.seconds]
+    return min(known, key=row.seconds.__getitem__) if row is not None and known else among[0]
+
+
+_given: list[Timings] = []
+
+
+@contextmanager
+def given(found: Timings) -> Iterator[None]:
+    """Let these times decide, in the whole process."""
+    _given.append(found)
+    forget()
+    try:
+        yield
+    finally:
+        _given.pop()
+        forget()
+
+
+@cache
+def timings() -> Timings:
+    """The times that decide here.
+
+    Raises:
+        ValueError, OSError: the file is none that ``hbp tune`` writes, or the one that ``HBP_TUNED`` names is missing.
+    """
+    if _given:
+        return _given[-1]
+    chosen, own = os.environ.get(VARIABLE), cache_file()
+    if chosen and chosen != "shipped":
+        return read(Path(chosen))
+    return read(own if not chosen and own.exists() else SHIPPED)
+
+
+def forget() -> None:
+    """Read the times anew when they are next needed."""
+    timings.cache_clear()
+    _fastest.cache_clear()
+
+
+def read(path: Path) -> Timings:
+    """Times from a file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = tuple(Timing(**row) for row in found["rows"])
+        sound = all(row.rows > 0 and row.width > 0 and row.seconds and min(row.seconds.values()) > 0 for row in rows)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no file of hbp tune ({error}); delete it, or run hbp tune again") from error
+    if not sound:
+        raise ValueError(f"{path} has sizes or times that are not above 0; delete it, or run hbp tune again")
+    return Timings(str(found.get("source", path)), rows)
+
+
+def write(path: Path, found: Timings) -> None:
+    """Times to a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = {"source": found.source, "rows": [asdict(row) for row in found.rows]}
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def cache_file() -> Path:
+    """Where ``hbp tune`` keeps this processor's times; a folder that several machines share has a file of each."""
+    if sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Caches"
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return folder / "hbp" / f"tuned-{crc32(f'{processor()}, {os.cpu_count()}'.encode()):08x}.json"
+
+
+@cache
+def processor() -> str:
+    """This machine's processor, by its name."""
+    if sys.platform == "linux":
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+SIZES = [(B, H) for H in (32, 64, 128, 256, 512, 1024, 2048) for B in (1, 4, 16, 64) if B * H * H <= 1 << 23]
+"""Batch and hidden sizes, but those where a product is so large that the library's is the fastest everywhere."""
+STACKS = [(B, d) for d in (32, 128, 256, 512) for B in (4, 32, 256)]
+"""Batch sizes and widths."""
+WORK = 2e7
+"""Multiplications of a timed run's products, about: enough that a clock sees them."""
+REPEATS = 3
+
+
+def steps_of(batch: int, hidden: int) -> int:
+    """How many steps are timed."""
+    return int(max(16, min(256, WORK / (batch * hidden * hidden))))
+
+
+def medians(runs: dict[str, Callable[[], Any]], steps: int, repeats: int = REPEATS) -> dict[str, float]:
+    """The seconds of a step of each run: medians of interleaved repeats, after one that is not timed."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            start = perf_counter()
+            run()
+            if turn:
+                times[name].append((perf_counter() - start) / steps)
+    return {name: median(found) for name, found in times.items()}

@@ -1,0 +1,70 @@
+"""Who computes a recurrent layer's forward and backward, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from hbp.backends import _tuning
+from hbp.backends.torch.recurrent.adjoint import BACKEND
+
+Exact: TypeAlias = Literal["adjoint", "library"]
+WAYS: dict[str, tuple[Literal["compiled", "library"], Literal["adjoint", "library"]]] = {
+    "library": ("library", "library"),
+    "adjoint": ("library", "adjoint"),
+    "compiled": ("compiled", "adjoint"),
+}
+
+
+@dataclass(frozen=True)
+class Path:
+    """Who computes what of a recurrent layer, for some input.
+
+    >>> print(Path("library", "rounds", "on a GPU"))
+    forward: library, backward: rounds (on a GPU)
+    """
+
+    forward: Literal["compiled", "library"]
+    """"compiled": this library's; "library": PyTorch's, bit for bit."""
+    backward: Literal["adjoint", "rounds", "library"]
+    """"adjoint": exact, without a graph; "rounds": Highway-BP; "library": PyTorch's own."""
+    why: str
+
+    def __str__(self) -> str:
+        return f"forward: {self.forward}, backward: {self.backward} ({self.why})"
+
+
+def choose(
+    mode: str, data: Tensor, batch: int, hidden: int, compiled: bool, options: tuple[bool | None, Exact | None, bool]
+) -> Path:
+    """The path of a "GRU" or an "LSTM".
+
+    Args:
+        mode, data, batch, hidden: the layer's and its input's.
+        compiled: whether there is a compiled forward for these.
+        options: the layer's ``compiled``, its ``exact``, not "library", and whether the backward is exact.
+    """
+    pinned, exact, is_exact = options
+    ways = ["library", "adjoint"] if is_exact and exact is None else ["adjoint"]
+    if compiled and pinned is not False:
+        ways = ["compiled"] if pinned else [*ways, "compiled"]
+    if len(ways) == 1:
+        why = "pinned" if pinned is not None or exact else "there is no compiled forward for such an input"
+        return _path(ways[0], is_exact, why)
+    if data.device.type != "cpu":
+        return _path("library", is_exact, f"on {data.device} the library's own is taken")
+    task, library = f"{mode.lower()} step", "torch" if BACKEND.adjoint_compiled(mode, data) else "torch, plain"
+    way = _tuning.fastest(task, library, batch, hidden, ways)
+    row = _tuning.timings().nearest(task, library, batch, hidden)
+    if row is None:
+        return _path(way, is_exact, "nothing was measured")
+    times = ", ".join(f"{name} {1e6 * row.seconds[name]:.3g}" for name in ways if name in row.seconds)
+    where = f"B = {row.rows}, H = {row.width}, the nearest size measured"
+    return _path(way, is_exact, f"microseconds a step at {where}: {times}; {_tuning.timings().source}")
+
+
+def _path(way: str, is_exact: bool, why: str) -> Path:
+    forward, backward = WAYS[way]
+    return Path(forward, backward if is_exact else "rounds", why)

@@ -1,0 +1,52 @@
+"""What a training step takes by each way, of recurrent layers and of stacks: for ``hbp tune``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from hbp.backends._tuning import SIZES, STACKS, Timing, medians, pinned, steps_of
+from hbp.backends.torch.recurrent.adjoint import BACKEND
+from hbp.backends.torch.recurrent.choice import WAYS
+from hbp.backends.torch.recurrent.modules import GRU, LSTM
+from hbp.backends.torch.stack.residual import Residual
+from hbp.backends.torch.stack.sequential import Sequential
+
+LAYERS = 16
+"""Of the stacks."""
+
+
+def steps() -> Iterator[Timing]:
+    """The times of a training step of recurrent layers, with the inputs' gradients, size by size."""
+    for kind in (GRU, LSTM):
+        for batch, hidden in SIZES:
+            x = torch.randn(steps_of(batch, hidden), batch, hidden, requires_grad=True)
+            layer = kind(hidden, hidden)
+            ways = list(WAYS) if BACKEND.compiled(layer.mode, (x, *layer.parameters())) else ["library", "adjoint"]
+            library = "torch" if "compiled" in ways else "torch, plain"
+            runs = {way: _step(kind, way, layer, x) for way in ways}
+            yield Timing(f"{layer.mode.lower()} step", library, batch, hidden, medians(runs, len(x)))
+
+
+def _step(kind: Any, way: str, like: Any, x: torch.Tensor) -> Callable[[], Any]:
+    options: dict[str, Any] = {"exact": "library" if way == "library" else "adjoint"}
+    layer = kind(like.input_size, like.hidden_size, compiled=way == "compiled", **options)
+    layer.load_state_dict(like.state_dict())
+    return lambda: torch.autograd.grad(layer(x)[0].sum(), [x, *layer.parameters()])
+
+
+def stacks() -> Iterator[Timing]:
+    """The times of a step through residual layers, per layer, size by size."""
+    for batch, width in STACKS:
+        blocks = [torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh()) for _ in range(LAYERS)]
+        model = Sequential(*map(Residual, blocks), iterations=3)
+        x = torch.randn(batch, width, requires_grad=True)
+
+        def run(way: str, model: Any = model, x: torch.Tensor = x) -> None:
+            with pinned(stack=way):
+                torch.autograd.grad(model(x).sum(), [x, *model.parameters()])
+
+        found = medians({way: lambda way=way: run(way) for way in ("loop", "stacked")}, LAYERS)  # type: ignore[misc]
+        yield Timing("stack", "torch", x.numel(), width * (width + 1), found)

@@ -1,0 +1,94 @@
+"""``hbp tune``: a short calibration, whose times decide which way is taken at which size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+
+from hbp.backends import _tuning
+from hbp.backends._kernels import CPU
+from hbp.backends._tuning import Timing, Timings
+
+LIBRARIES = ("numpy", "torch")
+
+
+def tune(libraries: Sequence[str], tell: Callable[[str], None] = print, path: Path | None = None) -> Path:
+    """Measure on this machine, tell each result, and keep them; about three quarters of a minute for both libraries.
+
+    Args:
+        libraries: "numpy", "torch" or both; those left out keep the times that they have.
+        tell: is called with a line for each size measured.
+        path: a file instead of the one in the user's cache folder, for the environment variable ``HBP_TUNED``.
+
+    Raises:
+        ImportError: a library is not installed, or, for "numpy", Numba.
+        OSError: the times cannot be written.
+    """
+    for library in libraries:
+        _check(library)
+    path = _tuning.cache_file() if path is None else path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compiled = CPU.load() is not None
+    rows = [row for row in _kept() if row.library not in (libraries if compiled else ["torch, plain"])]
+    source = f"hbp tune, {date.today().isoformat()}, {_tuning.processor()}"
+    for measure in (_loops, _steps):
+        with _tuning.given(Timings(source, tuple(rows))):  # the steps take the loops' fastest ways
+            for row in measure(libraries):
+                tell(_line(row))
+                rows.append(row)
+    _tuning.write(path, Timings(source, tuple(rows)))
+    _tuning.forget()
+    return path
+
+
+def _kept() -> tuple[Timing, ...]:
+    """The times so far; those shipped where the kept ones cannot be read."""
+    try:
+        return _tuning.timings().rows
+    except (ValueError, OSError):
+        return _tuning.read(_tuning.SHIPPED).rows
+
+
+def _check(library: str) -> None:
+    if library not in LIBRARIES:
+        raise ImportError(f"{library!r} has nothing to tune; give one of {', '.join(LIBRARIES)}")
+    if find_spec(library) is None:
+        raise ImportError(f"{library} is not installed")
+    if library == "numpy" and CPU.load() is None:
+        raise ImportError(f"NumPy has nothing to tune without compiled loops: {CPU.state()}")
+
+
+def _loops(libraries: Sequence[str]) -> Iterator[Timing]:
+    if CPU.load() is None:
+        return
+    from hbp.backends._numba.compile import own_threads
+    from hbp.backends._numba.tuning import loops
+
+    if "numpy" in libraries:
+        from hbp.backends.numpy import backend
+
+        yield from loops(backend, lambda array: array, own_threads())
+    if "torch" in libraries:
+        import torch
+
+        from hbp.backends.torch.recurrent.adjoint import BACKEND
+        from hbp.backends.torch.threads import torch_threads
+
+        yield from loops(BACKEND, torch.from_numpy, torch_threads())
+
+
+def _steps(libraries: Sequence[str]) -> Iterator[Timing]:
+    if "torch" in libraries:
+        from hbp.backends.torch.tuning import stacks, steps
+
+        yield from steps()
+        yield from stacks()
+
+
+def _line(row: Timing) -> str:
+    sizes = ("numbers in a state", "parameters a layer") if row.task == "stack" else ("B", "H")
+    ways = ", ".join(f"{way} {1e6 * seconds:.3g}" for way, seconds in row.seconds.items())
+    where = f"{sizes[0]} = {row.rows}, {sizes[1]} = {row.width}"
+    return f"{row.task} ({row.library}), {where}: {row.fastest} ({ways} us a step)"

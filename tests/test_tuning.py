@@ -1,0 +1,134 @@
+"""The table of times: which row decides, where it is read from, and what `hbp tune` keeps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hbp import cli, tuning
+from hbp.backends import _tuning
+from hbp.backends._tuning import Timing, Timings, cache_file, fastest, given, pinned, read, steps_of, write
+
+pytestmark = pytest.mark.usefixtures("_forgotten")
+
+
+@pytest.fixture
+def _forgotten(monkeypatch, tmp_path):
+    """Times read anew, from a cache folder of this test's own."""
+    monkeypatch.delenv(_tuning.VARIABLE, raising=False)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    _tuning.forget()
+    yield
+    monkeypatch.undo()
+    _tuning.forget()
+
+
+def table(*rows: tuple[str, str, int, int, dict[str, float]]) -> Timings:
+    return Timings("made up", tuple(Timing(*row) for row in rows))
+
+
+SMALL = ("gru forward", "numpy", 1, 32, {"loop": 1.0, "calls": 2.0})
+LARGE = ("gru forward", "numpy", 16, 512, {"loop": 2.0, "calls": 1.0})
+
+
+def test_the_nearest_size_decides_by_its_ratios():
+    """Between (1, 32) and (16, 512) the border lies where the ratios to both are alike: B H = 128 * 8."""
+    with given(table(SMALL, LARGE)):
+        for batch, hidden, way in ((1, 1, "loop"), (4, 120, "loop"), (4, 136, "calls"), (1000, 4000, "calls")):
+            assert fastest("gru forward", "numpy", batch, hidden, ("calls", "loop")) == way
+        assert fastest("gru forward", "numpy", 0, 8, ("calls", "loop")) == "loop"  # an empty batch
+
+
+def test_only_the_task_and_the_library_asked_for_and_only_the_ways_that_there_are():
+    other = ("gru forward", "torch", 1, 32, {"loop": 2.0, "calls": 1.0})
+    backward = ("gru backward", "numpy", 1, 32, {"loop": 3.0, "calls": 4.0, "more": 1.0})
+    with given(table(SMALL, other, backward)):
+        assert fastest("gru forward", "torch", 1, 32, ("loop", "calls")) == "calls"
+        assert fastest("gru backward", "numpy", 1, 32, ("loop", "calls")) == "loop"
+        assert fastest("gru backward", "numpy", 1, 32, ("calls", "more")) == "more"
+        for unknown in (("lstm forward", "numpy"), ("gru forward", "cupy")):
+            assert fastest(*unknown, 1, 32, ("calls", "loop")) == "calls"
+
+
+def test_a_way_can_be_pinned_where_there_is_it():
+    with given(table(SMALL)), pinned(gru_forward="calls"):
+        assert fastest("gru forward", "numpy", 1, 32, ("loop", "calls")) == "calls"
+        assert fastest("gru forward", "numpy", 1, 32, ("loop",)) == "loop"
+        with pinned(stack="loop"):
+            assert fastest("gru forward", "numpy", 1, 32, ("loop", "calls")) == "calls"
+
+
+def test_times_come_from_the_cache_else_from_what_is_shipped_or_whence_a_variable_says(monkeypatch, tmp_path):
+    assert "shipped" in _tuning.timings().source
+    write(cache_file(), table(SMALL))
+    _tuning.forget()
+    assert _tuning.timings() == table(SMALL) == read(cache_file())
+    write(tmp_path / "other.json", table(LARGE))
+    for value, rows in (("shipped", None), (str(tmp_path / "other.json"), table(LARGE).rows)):
+        monkeypatch.setenv(_tuning.VARIABLE, value)
+        _tuning.forget()
+        assert rows is None or _tuning.timings().rows == rows
+        assert (rows is None) == ("shipped" in _tuning.timings().source)
+
+
+def test_the_table_shipped_knows_every_task():
+    rows = read(_tuning.SHIPPED).rows
+    parts = {
+        (f"{cell} {part}", library)
+        for cell in ("gru", "lstm")
+        for part in ("forward", "backward")
+        for library in ("numpy", "torch")
+    }
+    steps = {(f"{cell} step", library) for cell in ("gru", "lstm") for library in ("torch", "torch, plain")}
+    assert {(row.task, row.library) for row in rows} == parts | steps | {("stack", "torch")}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"rows": [{"task": 1}]}',
+             json.dumps({"rows": [{"task": "t", "library": "l", "rows": 0, "width": 1, "seconds": {"a": 1}}]}),
+             json.dumps({"rows": [{"task": "t", "library": "l", "rows": 1, "width": 1, "seconds": {}}]})],
+)  # fmt: skip
+def test_a_file_that_is_none_is_told_and_can_be_left_behind(text, capsys):
+    cache_file().parent.mkdir(parents=True)
+    cache_file().write_text(text)
+    assert cli.main(["info"]) == 2
+    assert "delete it, or run hbp tune again" in capsys.readouterr().err
+    assert cli.main(["tune", "--forget"]) == 0
+    assert cli.main(["info"]) == 0
+    assert "shipped" in capsys.readouterr().out
+
+
+def test_steps_are_few_where_they_are_long():
+    assert [steps_of(1, 32), steps_of(64, 64), steps_of(1, 2048)] == [256, 76, 16]
+
+
+@pytest.mark.parametrize("library", tuning.LIBRARIES)
+def test_tune_measures_and_keeps(library, monkeypatch, capsys):
+    pytest.importorskip(library), pytest.importorskip("numba")
+    monkeypatch.setattr(_tuning, "WORK", 1)
+    for module in ("hbp.backends._numba.tuning", "hbp.backends.torch.tuning"):
+        if library == "torch" or "numba" in module:
+            monkeypatch.setattr(f"{module}.SIZES", [(1, 4), (2, 8)])
+    if library == "torch":
+        monkeypatch.setattr("hbp.backends.torch.tuning.STACKS", [(2, 4)])
+    assert cli.main(["tune", "--backend", library]) == 0
+    found = read(cache_file())
+    own = [row for row in found.rows if row.library == library]
+    assert len(own) == {"numpy": 8, "torch": 13}[library]
+    assert all(time > 0 for row in own for time in row.seconds.values())
+    assert all(row in found.rows for row in read(_tuning.SHIPPED).rows if row.library != library)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == len(own) + 1
+    assert out[-1] == f"wrote {cache_file()}"
+    assert _tuning.timings() == found
+    assert found.source.startswith("hbp tune, ")
+
+
+def test_tune_refuses_what_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert cli.main(["tune"]) == 2
+    assert "neither Numba nor PyTorch is installed; pip install" in capsys.readouterr().err
+    with pytest.raises(ImportError, match="'jax' has nothing to tune; give one of numpy, torch"):
+        tuning.tune(["jax"])
