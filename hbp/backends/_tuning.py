@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -83,17 +83,26 @@ def pinned(**ways: str) -> Iterator[None]:
         _pinned.reset(token)
 
 
-def fastest(task: str, library: str, rows: int, width: int, among: Sequence[str]) -> str:
+def fastest(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> str:
     """The fastest of some ways at the nearest size measured; the first of them where none was."""
+    return explained(task, library, rows, width, among)[0]
+
+
+def explained(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> tuple[str, str]:
+    """As `fastest`, with the reason."""
     way = _pinned.get().get(task)
-    return way if way is not None and way in among else _fastest(task, library, rows, width, tuple(among))
+    return (way, "pinned") if way is not None and way in among else _explained(task, library, rows, width, among)
 
 
 @cache
-def _fastest(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> str:
+def _explained(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> tuple[str, str]:
     row = timings().nearest(task, library, rows, width)
-    known = [] if row is None else [way for way in among if way in row.seconds]
-    return min(known, key=row.seconds.__getitem__) if row is not None and known else among[0]
+    known = {} if row is None else {way: row.seconds[way] for way in among if way in row.seconds}
+    if row is None or not known:
+        return among[0], "nothing was measured"
+    times = ", ".join(f"{way} {1e6 * seconds:.3g}" for way, seconds in known.items())
+    where = f"B = {row.rows}, H = {row.width}, the nearest size measured"
+    return min(known, key=known.__getitem__), f"microseconds a step at {where}: {times}; {timings().source}"
 
 
 _given: list[Timings] = []
@@ -129,7 +138,7 @@ def timings() -> Timings:
 def forget() -> None:
     """Read the times anew when they are next needed."""
     timings.cache_clear()
-    _fastest.cache_clear()
+    _explained.cache_clear()
 
 
 def read(path: Path) -> Timings:

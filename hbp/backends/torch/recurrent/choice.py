@@ -56,13 +56,8 @@ def choose(
     if data.device.type != "cpu":
         return _path("library", is_exact, f"on {data.device} the library's own is taken")
     task, library = f"{mode.lower()} step", "torch" if BACKEND.adjoint_compiled(mode, data) else "torch, plain"
-    way = _tuning.fastest(task, library, batch, hidden, ways)
-    row = _tuning.timings().nearest(task, library, batch, hidden)
-    if row is None:
-        return _path(way, is_exact, "nothing was measured")
-    times = ", ".join(f"{name} {1e6 * row.seconds[name]:.3g}" for name in ways if name in row.seconds)
-    where = f"B = {row.rows}, H = {row.width}, the nearest size measured"
-    return _path(way, is_exact, f"microseconds a step at {where}: {times}; {_tuning.timings().source}")
+    way, why = _tuning.explained(task, library, batch, hidden, tuple(ways))
+    return _path(way, is_exact, why)
 
 
 def _path(way: str, is_exact: bool, why: str) -> Path:
