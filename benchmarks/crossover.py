@@ -11,21 +11,26 @@ from benchmarks.rnn import CHECK, product_flops, reference
 
 __all__ = ["CASES", "CHECK", "GPU_CASES", "methods", "product_flops", "reference"]
 
+EXACT = ("iterations=None", "exact adjoint")
+STEPS, BATCHES, SIZES = (256, 1024), (1, 4, 16), (64, 256, 1024, 2048)
 CASES = {
-    "quick": rnn.grid(rnn.BOTH, (256, 1024, 4096), (1, 8, 32), (64, 256)),
-    "full": rnn.grid(rnn.BOTH, (256, 1024, 4096, 16384), (1, 4, 16, 64), (64, 128, 256, 512)),
+    "quick": [case | {"inputs": True} for case in rnn.grid(rnn.BOTH, (256,), (1, 4), (64, 256))],
+    "full": [case | {"inputs": True} for case in rnn.grid(rnn.BOTH, STEPS, BATCHES, SIZES)],
 }
 GPU_CASES = rnn.grid(rnn.BOTH, (256, 1024, 4096, 16384), (1, 8, 32, 128), (128, 512), 1.4e11)
 
 
 def methods(case: dict[str, Any], lib: Library) -> Iterator[Method]:
-    """PyTorch's own layer, the exact adjoint, and Highway-BP at k = 1 and 3; nothing for other libraries."""
-    if lib.name == "torch":
-        yield from (method for method in rnn.methods(case, lib) if kind(method.name, method.k, method.chunk))
+    """PyTorch's own layer, exact backprop as `iterations=None` does it, Highway-BP at k = 1 and 3; `jax.lax.scan`."""
+    if lib.name in ("torch", "jax"):
+        wanted = (one for one in rnn.methods(case, lib) if kind(one.name, one.k, one.chunk))
+        yield from (one for one in wanted if lib.on_gpu or one.name != "exact adjoint")  # pinned, on a CPU
 
 
 def kind(name: str, k: int | None, chunk: int | None) -> str | None:
-    """Which of the three that are compared a method belongs to."""
+    """Which of those that are compared a method belongs to."""
     if name in ("Highway-BP", "Highway-BP (kernels)") and k in (1, 3) and chunk == 1:
         return "highway"
-    return "exact" if name == "exact adjoint" else "library" if name.startswith("torch.nn") else None
+    if name == "jax.lax.scan":
+        return "scan"
+    return "exact" if name in EXACT else "library" if name.startswith("torch.nn") else None

@@ -17,8 +17,13 @@ from benchmarks.tables import Rows, cases_of, method_of, title
 
 EXACT = 1e-7
 """The error at which the logarithmic axis of errors ends."""
-COLORS = {"library": "tab:gray", "exact": "tab:blue", "highway": "tab:orange"}
-LABELS = {"library": "the library's own", "exact": "hbp, exact", "highway": "Highway-BP, k = 1 or 3"}
+COLORS = {"library": "tab:gray", "scan": "tab:green", "exact": "tab:blue", "highway": "tab:orange"}
+LABELS = {
+    "library": "torch.nn's own",
+    "scan": "jitted lax.scan",
+    "exact": "hbp, exact",
+    "highway": "Highway-BP, k = 1 or 3",
+}
 
 
 def _panels(count: int, width: float = 4.6, height: float = 3.6) -> tuple[Any, list[Any]]:
@@ -125,7 +130,7 @@ def _kind(row: dict[str, Any]) -> str | None:
 
 
 def crossover(rows: Rows) -> Any:
-    """Who has the fastest whole step over T and B, a panel for each cell and H, in PyTorch; by what factor."""
+    """Who has the fastest whole step over T and B, a panel for each cell and H, and by what factor."""
     panels = sorted({(r["case"]["cell"], r["case"]["H"]) for r in rows})
     figure, axes = _panels(len(panels), 5, 4)
     for axis, (cell, size) in zip(axes, panels, strict=False):
@@ -143,7 +148,7 @@ def crossover(rows: Rows) -> Any:
         axis.set_title(f"{cell.upper()}, H = {size}: speed of a whole step against torch.nn's", fontsize=8)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color, alpha=0.6) for color in COLORS.values()]
     figure.legend(
-        handles, [f"fastest: {LABELS[one]}" for one in COLORS], loc="outside lower center", ncols=3, fontsize=8
+        handles, [f"fastest: {LABELS[one]}" for one in COLORS], loc="outside lower center", ncols=4, fontsize=8
     )
     return figure
 
@@ -156,7 +161,7 @@ def _ranking(rows: Rows) -> tuple[str, str]:
     for name, row in sorted(best.items(), key=lambda item: item[1]["whole_ms"][0]):
         if name != "library" and "library" in best:
             factor = best["library"]["whole_ms"][0] / row["whole_ms"][0]
-            error, own = row["error"], name if row["exact"] else f"k = {row['k']}"
+            error, own = row["error"], LABELS[name] if row["exact"] else f"k = {row['k']}"
             lines.append(f"{own}: {factor:.2f}x{'' if row['exact'] else f', {error:.1%} off'}")
     return str(_kind(ranking[0])), "\n".join(lines)
 

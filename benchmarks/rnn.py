@@ -1,4 +1,7 @@
-"""Recurrent layers: forward, backward and whole step, the gradients of all parameters from a loss at every step."""
+"""Recurrent layers: forward, backward and whole step, from a loss at every step.
+
+The gradients are those of all parameters and, in cases with ``inputs``, of the inputs, as layers above the first need.
+"""
 
 from __future__ import annotations
 
@@ -65,18 +68,19 @@ def reference(case: dict[str, Any], method: Method | None = None, lib: Library |
         how["residual"] = hbp.Zero()
     if case["cell"] == "gru":
         _, pull = hbp.cells.gru(hbp.cells.GRUParameters(*wide[:4]), wide[4], state, backend=plain)
-        found = pull(wide[5], **how)[0]
+        found, dx, _ = pull(wide[5], **how)
     else:
         _, pull = hbp.cells.lstm(hbp.cells.LSTMParameters(*wide[:4]), wide[4], (state, state), backend=plain)
-        found = pull((wide[5], None), **how)[0]
+        found, dx, _ = pull((wide[5], None), **how)
+    found = [*found, dx] if case.get("inputs") else [*found]
     return np.concatenate([d.ravel() for d in found]) if lib is None else lib.vector(found)
 
 
 def product_flops(case: dict[str, Any], method: Method) -> int:
-    """Of the products that a backward pass must compute: both weights' gradients, and one for each round of blocks."""
+    """Of the products that a backward pass must compute: for both weights, the inputs, and each round of blocks."""
     gates = 3 if case["cell"] == "gru" else 4
     rounds = 1 if method.k is None else method.k + 2 * ((method.chunk or 1) > 1)  # stages are filled before and after
-    return 2 * case["T"] * case["B"] * gates * case["H"] ** 2 * (2 + rounds)
+    return 2 * case["T"] * case["B"] * gates * case["H"] ** 2 * (2 + rounds + bool(case.get("inputs")))
 
 
 def methods(case: dict[str, Any], lib: Library) -> Iterator[Method]:
@@ -108,7 +112,8 @@ def _cells(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: An
             return hbp.cells.lstm(hbp.cells.LSTMParameters(*params), x, (state, state), backend=backend)[1]
 
         def backward(pull: Any) -> Any:
-            return pull(dy if gru else (dy, None), iterations=k, chunk=chunk, residual=residual)[0]
+            dparams, dx, _ = pull(dy if gru else (dy, None), iterations=k, chunk=chunk, residual=residual)
+            return (*dparams, dx) if case.get("inputs") else dparams
 
         return Method(name, lib, forward, backward, k, chunk, "Hillis" not in name and residual is None, k is None)
 
@@ -129,8 +134,10 @@ def _torch(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: An
                 own.copy_(given)
         return module
 
+    x = x.requires_grad_(bool(case.get("inputs")))
+
     def method(name: str, module: Any, run: Any = None, **what: Any) -> Method:
-        own = list(module.parameters())
+        own = [p for p in (*module.parameters(), x) if p.requires_grad]
         run = run or (lambda: _first(module(x)))
         return Method(name, lib, run, lambda y: torch.autograd.grad(y, own, dy), **what)
 
@@ -138,6 +145,8 @@ def _torch(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: An
     yield method(f"torch.nn.{kind} ({cudnn})", layer(getattr(torch.nn, kind)))
     ours = getattr(lib.front_end, kind)
     yield method("iterations=None", layer(ours), ours=True)
+    if not lib.on_gpu:
+        yield method('iterations=None, keep="states"', layer(ours, keep="states"), ours=True)
     for name, k, chunk, residual in _variants():
         exact = {"exact": "adjoint"} if k is None else {}
         module = layer(ours, iterations=k, chunk=chunk, residual=residual, **exact)
@@ -174,8 +183,12 @@ def _jax(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: Any)
     zero = jnp.zeros_like(x[0])
 
     def method(name: str, run: Callable[[Any, Any], Any], **what: Any) -> Method:
-        forward = jax.jit(lambda params, x: jax.vjp(lambda params: run(params, x), params))
-        backward = jax.jit(lambda pull, dy: pull(dy)[0])
+        if case.get("inputs"):
+            forward = jax.jit(lambda params, x: jax.vjp(run, params, x))
+            backward = jax.jit(lambda pull, dy: (lambda dparams, dx: (*dparams, dx))(*pull(dy)))
+        else:
+            forward = jax.jit(lambda params, x: jax.vjp(lambda params: run(params, x), params))
+            backward = jax.jit(lambda pull, dy: pull(dy)[0])
         return Method(name, lib, lambda: forward(own, x), lambda state: backward(state[1], dy), **what)
 
     def plain(params: Any, x: Any) -> Any:
