@@ -49,13 +49,14 @@ def write(path: Path) -> list[Path]:
     document = json.loads(path.read_text())
     table, rows = document["table"], [row for row in document["rows"] if row["failed"] is None]
     markdown = path.with_suffix(".md")
-    short = tables.in_short(rows) if table == "rnn" else ""
     failed = "".join(
         f"Failed: {tables.title(row['case'])}, {row['library']}, {row['method']}: {row['failed']}\n\n"
         for row in document["rows"]
         if row["failed"] is not None
     )
-    markdown.write_text(f"{_where(document)}\n\n{short}{''.join(tables.by_case(table, rows))}{failed}")
+    markdown.write_text(
+        f"{_where(document)}\n\n{tables.in_short(table, rows)}{''.join(tables.by_case(table, rows))}{failed}"
+    )
     made = [path, markdown]
     for suffix, draw in PICTURES[table] if rows else ():
         figure = draw(rows)

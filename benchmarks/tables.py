@@ -22,7 +22,7 @@ def of_parts(results: dict[str, Any]) -> Rows:
 
 
 def title(case: dict[str, Any]) -> str:
-    shown = {name: value for name, value in case.items() if name not in ("cell", "weights", "setting")}
+    shown = {name: value for name, value in case.items() if name not in ("cell", "weights", "setting", "inputs")}
     extra = f", weights x {case['weights']:g}" if case.get("weights", 1) != 1 else ""
     sizes = ", ".join(f"{name} = {value}" for name, value in shown.items())
     return f"{case.get('cell', '').upper()} {sizes}{extra}".strip()
@@ -47,23 +47,42 @@ def by_case(table: str, rows: Rows) -> Iterator[str]:
         yield f"### {title(case)}\n\n{body}\n\n"
 
 
-_SHORT = {
-    "torch.nn": ("torch", "torch.nn", None, None),
-    "`iterations=None`": ("torch", "iterations=None", None, None),
-    "k = 3": ("torch", "Highway-BP", 3, 1),
-    "k = 3, chunk 8": ("torch", "Highway-BP", 3, 8),
-    "NumPy, exact": ("numpy", "exact adjoint", None, 1),
-    "jitted `lax.scan`": ("jax", "jax.lax.scan", None, None),
+_SHORT: dict[str, tuple[str, dict[str, tuple[str, str, int | None, int | None]]]] = {
+    "rnn": (
+        "backward",
+        {
+            "torch.nn": ("torch", "torch.nn", None, None),
+            "`iterations=None`": ("torch", "iterations=None", None, None),
+            "k = 3": ("torch", "Highway-BP", 3, 1),
+            "k = 3, chunk 8": ("torch", "Highway-BP", 3, 8),
+            "NumPy, exact": ("numpy", "exact adjoint", None, 1),
+            "jitted `lax.scan`": ("jax", "jax.lax.scan", None, None),
+        },
+    ),
+    "crossover": (
+        "whole",
+        {
+            "torch.nn": ("torch", "torch.nn", None, None),
+            "jitted `lax.scan`": ("jax", "jax.lax.scan", None, None),
+            "`iterations=None`": ("torch", "iterations=None", None, None),
+            "k = 3": ("torch", "Highway-BP", 3, 1),
+            "k = 1": ("torch", "Highway-BP", 1, 1),
+        },
+    ),
 }
+"""For each table with a short form the time it shows, and its columns: library, method, k and chunk."""
 
 
-def in_short(rows: Rows) -> str:
-    """A line for each case: the backward's milliseconds, how many times faster than torch.nn's, what it is off by."""
-    lines = [["backward, ms", *_SHORT], ["---", *["---:"] * len(_SHORT)]]
+def in_short(table: str, rows: Rows) -> str:
+    """A line for each case: milliseconds, how much faster than torch.nn's, what it is off by; "" for other tables."""
+    if table not in _SHORT:
+        return ""
+    time, columns = _SHORT[table]
+    lines = [[f"{time}, ms", *columns], ["---", *["---:"] * len(columns)]]
     for case, members in cases_of(rows):
-        found = [_pick(members, *key) for key in _SHORT.values()]
-        base = found[0] and found[0]["backward_ms"][0]
-        lines.append([title(case), *(_short(row, base) for row in found)])
+        found = [_pick(members, *key) for key in columns.values()]
+        base = found[0] and found[0][f"{time}_ms"][0]
+        lines.append([title(case), *(_short(row, f"{time}_ms", base) for row in found)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
 
 
@@ -75,10 +94,10 @@ def _pick(rows: Rows, library: str, method: str, k: int | None, chunk: int | Non
     return None
 
 
-def _short(row: dict[str, Any] | None, base: float | None) -> str:
+def _short(row: dict[str, Any] | None, name: str, base: float | None) -> str:
     if row is None:
         return ""
-    time = row["backward_ms"][0]
+    time = row[name][0]
     notes = [] if base in (None, time) else [f"{base / time:.2g}x"]
     notes += [] if row["exact"] else [f"{row['error']:.1g} off"]
     return f"{time:.3g} ({', '.join(notes)})" if notes else f"{time:.3g}"

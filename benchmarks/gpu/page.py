@@ -131,7 +131,7 @@ def _rows(records: dict[str, Record]) -> Iterator[str]:
         rows = tables.of_parts(records[name].results())
         if rows:
             yield f"## {name}"
-            if name == "rnn" and (short := tables.in_short(rows)):
+            if short := tables.in_short(name, rows):
                 yield short.strip()
             yield "".join(tables.by_case(name, rows)).strip()
         for rows in records[name].results().values():

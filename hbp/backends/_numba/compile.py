@@ -10,11 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from time import perf_counter
 from typing import Any, TypeAlias
 
 import numba
 import numpy as np
 from numba import types
+
+from hbp.backends._kernels import LOG
 
 Argument: TypeAlias = Callable[[types.Type], types.Type]
 """A parameter's type, from that of the numbers."""
@@ -51,26 +54,33 @@ def index(_: types.Type) -> types.Type:
 def compiled(*parameters: Argument) -> Callable[[Callable[..., None]], Callable[[Any], Callable[..., None]]]:
     """A kernel over arrays of one dtype: called with that dtype, it is compiled, once, and kept on disk.
 
-    It releases the interpreter's lock; a product and a sum may be rounded once.
+    It releases the interpreter's lock; a product and a sum may be rounded once. The logger tells how long it took.
     """
 
     def wrap(function: Callable[..., None]) -> Callable[[Any], Callable[..., None]]:
         @cache
         def of_dtype(dtype: Any) -> Callable[..., None]:
             kind = numba.from_dtype(dtype)
-            signature = types.void(*(parameter(kind) for parameter in parameters))
-            options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
-            try:
-                return numba.njit([signature], cache=True, **options)(function)  # type: ignore[no-any-return]
-            except RuntimeError as error:
-                if "locator" not in str(error):
-                    raise
-                warnings.warn(f"compiled kernels are not kept for the next run: {error}", RuntimeWarning, stacklevel=3)
-                return numba.njit([signature], **options)(function)  # type: ignore[no-any-return]
+            start, signature = perf_counter(), types.void(*(parameter(kind) for parameter in parameters))
+            built = _built(function, signature)
+            LOG.info("%s for %s: ready after %.1f s", function.__name__, dtype, perf_counter() - start)
+            return built
 
         return of_dtype
 
     return wrap
+
+
+def _built(function: Callable[..., None], signature: Any) -> Callable[..., None]:
+    """A kernel, compiled or from disk."""
+    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    try:
+        return numba.njit([signature], cache=True, **options)(function)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        if "locator" not in str(error):
+            raise
+        warnings.warn(f"compiled kernels are not kept for the next run: {error}", RuntimeWarning, stacklevel=4)
+        return numba.njit([signature], **options)(function)  # type: ignore[no-any-return]
 
 
 Spread: TypeAlias = Callable[[Callable[[int, int], None], list[tuple[int, int]]], None]
