@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from math import hypot, log
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any
@@ -83,6 +82,10 @@ def pinned(**ways: str) -> Iterator[None]:
         _pinned.reset(token)
 
 
+MARGIN = 0.95
+"""The part of the first way's time that another must stay below to be taken instead."""
+
+
 def fastest(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> str:
     """The fastest of some ways at the nearest size measured; the first of them where none was."""
     return explained(task, library, rows, width, among)[0]
@@ -102,7 +105,9 @@ def _explained(task: str, library: str, rows: int, width: int, among: tuple[str,
         return among[0], "nothing was measured"
     times = ", ".join(f"{way} {1e6 * seconds:.3g}" for way, seconds in known.items())
     where = f"B = {row.rows}, H = {row.width}, the nearest size measured"
-    return min(known, key=known.__getitem__), f"microseconds a step at {where}: {times}; {timings().source}"
+    best, first = min(known, key=known.__getitem__), next(iter(known))
+    way = best if known[best] < MARGIN * known[first] else first
+    return way, f"microseconds a step at {where}: {times}; {timings().source}"
 
 
 _given: list[Timings] = []
@@ -191,21 +196,24 @@ STACKS = [(B, d) for d in (32, 128, 256, 512) for B in (4, 32, 256)]
 """Batch sizes and widths."""
 WORK = 2e7
 """Multiplications of a timed run's products, about: enough that a clock sees them."""
-REPEATS = 3
+REPEATS = 4
 
 
 def steps_of(batch: int, hidden: int) -> int:
     """How many steps are timed."""
-    return int(max(16, min(256, WORK / (batch * hidden * hidden))))
+    return int(max(16, min(512, WORK / (batch * hidden * hidden))))
 
 
-def medians(runs: dict[str, Callable[[], Any]], steps: int, repeats: int = REPEATS) -> dict[str, float]:
-    """The seconds of a step of each run: medians of interleaved repeats, after one that is not timed."""
+def shortest(runs: dict[str, Callable[[], Any]], steps: int) -> dict[str, float]:
+    """The seconds of a step of each run: the shortest of interleaved repeats, as whatever disturbs a run lengthens it.
+
+    One more comes first, untimed.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
+    for turn in range(REPEATS + 1):
         for name, run in runs.items():
             start = perf_counter()
             run()
             if turn:
                 times[name].append((perf_counter() - start) / steps)
-    return {name: median(found) for name, found in times.items()}
+    return {name: min(found) for name, found in times.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hbp.backends._tuning import SIZES, STACKS, Timing, medians, pinned, steps_of
+from hbp.backends._tuning import SIZES, STACKS, Timing, pinned, shortest, steps_of
 from hbp.backends.torch.recurrent.adjoint import BACKEND
 from hbp.backends.torch.recurrent.choice import WAYS
 from hbp.backends.torch.recurrent.modules import GRU, LSTM
@@ -27,7 +27,7 @@ def steps() -> Iterator[Timing]:
             ways = list(WAYS) if BACKEND.compiled(layer.mode, (x, *layer.parameters())) else ["library", "adjoint"]
             library = "torch" if "compiled" in ways else "torch, plain"
             runs = {way: _step(kind, way, layer, x) for way in ways}
-            yield Timing(f"{layer.mode.lower()} step", library, batch, hidden, medians(runs, len(x)))
+            yield Timing(f"{layer.mode.lower()} step", library, batch, hidden, shortest(runs, len(x)))
 
 
 def _step(kind: Any, way: str, like: Any, x: torch.Tensor) -> Callable[[], Any]:
@@ -48,5 +48,5 @@ def stacks() -> Iterator[Timing]:
             with pinned(stack=way):
                 torch.autograd.grad(model(x).sum(), [x, *model.parameters()])
 
-        found = medians({way: lambda way=way: run(way) for way in ("loop", "stacked")}, LAYERS)  # type: ignore[misc]
+        found = shortest({way: lambda way=way: run(way) for way in ("loop", "stacked")}, LAYERS)  # type: ignore[misc]
         yield Timing("stack", "torch", x.numel(), width * (width + 1), found)
