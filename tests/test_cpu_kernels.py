@@ -23,10 +23,11 @@ from hbp.backends.numpy import backend
 from hbp.cells import GRUParameters, LSTMParameters, gru, lstm
 from hbp.core.registry import resolve
 
-pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+numba = pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 from hbp.backends import _numba
 from hbp.backends._numba import adjoints, compile, scan
 from hbp.backends._numba.compile import Threads
+from hbp.backends._numba.tiles import add_product
 from hbp.backends._tuning import pinned
 
 LENGTHS = (1, 2, 3, 17, 127, 128, 129, 1000)
@@ -240,6 +241,18 @@ def test_cells_run_under_autocast(cell, rng):
     with torch.autocast("cpu", torch.bfloat16):
         found = leaves(forward(*own)[1](ours))
     close([g.float() for g in found], expected, 4e-2)
+
+
+@both_dtypes
+def test_products_in_tiles(dtype, rng):
+    """Every height and width of a tile and what is left beside it, on rows of a larger array, from the second row on."""
+    compiled = numba.njit(lambda rows, weight, sums, start, stop: add_product(rows, weight, sums, start, stop))
+    for batch, length, width in product(range(9), (0, 1, 5), (0, 1, 7, 8, 16, 17, 31, 33, 64, 72, 129)):
+        rows = rng.standard_normal((batch, length + 2)).astype(dtype)[:, 1 : length + 1]
+        weight, sums = (rng.standard_normal((n, width)).astype(dtype) for n in (length, batch))
+        expected = np.vstack([sums[:1], sums[1:] + rows[1:] @ weight])
+        compiled(rows, weight, sums, min(1, batch), batch)
+        np.testing.assert_allclose(sums, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @both_cells

@@ -3,8 +3,8 @@
 All arrays hold the gates side by side on their last axis. The way back is exact where each step adds its product with
 the weights, a round of Highway-BP where what was pulled back before is added instead (`EXACT`, `ROUND`).
 
-Numba compiles these anew when this file has changed, not when `functions` alone has, whose code is compiled into them:
-who works on that file deletes the cached code (``__pycache__/*.nb?``).
+Numba compiles these anew when this file has changed, not when `functions` or `tiles` alone has, whose code is compiled
+into them: who works on those deletes the cached code (``__pycache__/*.nb?``).
 """
 
 from __future__ import annotations
@@ -14,75 +14,10 @@ import numpy as np
 
 from hbp.backends._numba.compile import compiled, contiguous, index, reads, writes
 from hbp.backends._numba.functions import OPTIONS, logistic, tanh
+from hbp.backends._numba.tiles import add_product
 
 APART, EXACT, ROUND = 0, 1, 2
 """Where the product with the weights comes from: it is added between calls, or here, or taken from the round before."""
-
-
-@numba.njit(inline="always")
-def _add_product(rows, weight, sums, start, stop):  # type: ignore[no-untyped-def]
-    """``sums[start:stop] += rows[start:stop] @ weight``, in tiles of rows by columns of theirs: four by four, then two
-    by eight, then one by eight, so that weights and sums are seldom loaded.
-    """
-    length, width = weight.shape
-    four = stop - (stop - start) % 4
-    two = stop - (stop - start) % 2
-    even, full = length - length % 4, length - length % 8
-    for b in range(start, four, 4):
-        p0, p1, p2, p3 = rows[b], rows[b + 1], rows[b + 2], rows[b + 3]
-        g0, g1, g2, g3 = sums[b], sums[b + 1], sums[b + 2], sums[b + 3]
-        for j in range(0, even, 4):
-            w0, w1, w2, w3 = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
-            a00, a01, a02, a03 = p0[j], p0[j + 1], p0[j + 2], p0[j + 3]
-            a10, a11, a12, a13 = p1[j], p1[j + 1], p1[j + 2], p1[j + 3]
-            a20, a21, a22, a23 = p2[j], p2[j + 1], p2[j + 2], p2[j + 3]
-            a30, a31, a32, a33 = p3[j], p3[j + 1], p3[j + 2], p3[j + 3]
-            for i in range(width):
-                g0[i] += a00 * w0[i] + a01 * w1[i] + a02 * w2[i] + a03 * w3[i]
-                g1[i] += a10 * w0[i] + a11 * w1[i] + a12 * w2[i] + a13 * w3[i]
-                g2[i] += a20 * w0[i] + a21 * w1[i] + a22 * w2[i] + a23 * w3[i]
-                g3[i] += a30 * w0[i] + a31 * w1[i] + a32 * w2[i] + a33 * w3[i]
-        _add_columns(rows, weight, sums, b, b + 4, even)
-    for b in range(four, two, 2):
-        p0, p1, g0, g1 = rows[b], rows[b + 1], sums[b], sums[b + 1]
-        for j in range(0, full, 8):
-            w0, w1, w2, w3 = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
-            w4, w5, w6, w7 = weight[j + 4], weight[j + 5], weight[j + 6], weight[j + 7]
-            a00, a01, a02, a03 = p0[j], p0[j + 1], p0[j + 2], p0[j + 3]
-            a04, a05, a06, a07 = p0[j + 4], p0[j + 5], p0[j + 6], p0[j + 7]
-            a10, a11, a12, a13 = p1[j], p1[j + 1], p1[j + 2], p1[j + 3]
-            a14, a15, a16, a17 = p1[j + 4], p1[j + 5], p1[j + 6], p1[j + 7]
-            for i in range(width):
-                g0[i] += (a00 * w0[i] + a01 * w1[i] + a02 * w2[i] + a03 * w3[i]) + (
-                    a04 * w4[i] + a05 * w5[i] + a06 * w6[i] + a07 * w7[i]
-                )
-                g1[i] += (a10 * w0[i] + a11 * w1[i] + a12 * w2[i] + a13 * w3[i]) + (
-                    a14 * w4[i] + a15 * w5[i] + a16 * w6[i] + a17 * w7[i]
-                )
-        _add_columns(rows, weight, sums, b, b + 2, full)
-    for b in range(two, stop):
-        p, g = rows[b], sums[b]
-        for j in range(0, full, 8):
-            w0, w1, w2, w3 = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
-            w4, w5, w6, w7 = weight[j + 4], weight[j + 5], weight[j + 6], weight[j + 7]
-            a0, a1, a2, a3 = p[j], p[j + 1], p[j + 2], p[j + 3]
-            a4, a5, a6, a7 = p[j + 4], p[j + 5], p[j + 6], p[j + 7]
-            for i in range(width):
-                g[i] += ((a0 * w0[i] + a1 * w1[i]) + (a2 * w2[i] + a3 * w3[i])) + (
-                    (a4 * w4[i] + a5 * w5[i]) + (a6 * w6[i] + a7 * w7[i])
-                )
-        _add_columns(rows, weight, sums, b, b + 1, full)
-
-
-@numba.njit(inline="always")
-def _add_columns(rows, weight, sums, start, stop, first):  # type: ignore[no-untyped-def]
-    """The same with the columns of the rows from ``first`` on."""
-    for b in range(start, stop):
-        g = sums[b]
-        for j in range(first, weight.shape[0]):
-            a, w = rows[b, j], weight[j]
-            for i in range(weight.shape[1]):
-                g[i] += a * w[i]
 
 
 @numba.njit(**OPTIONS)
@@ -129,7 +64,7 @@ def gru_run(
         before = h[t - 1] if t else h0
         if product:
             rec[start:stop] = 0
-            _add_product(before, weight, rec, start, stop)
+            add_product(before, weight, rec, start, stop)
         for b in range(start, stop):
             gates, old, new = a[t, b], before[b], h[t, b]
             _gru_row(gates, rec[b], bias, q[t * kept, b], size)
@@ -179,7 +114,7 @@ def gru_steps(
                 own[2 * size + i] = gi * (before[i] - n[i]) * z[i] * (one - z[i])
                 own[3 * size + i] = dq
         if product == EXACT:
-            _add_product(d[t, :, size:], weight, carry, start, stop)
+            add_product(d[t, :, size:], weight, carry, start, stop)
         elif product == ROUND:
             for b in range(start, stop):
                 for i in range(size):
@@ -238,7 +173,7 @@ def lstm_run(
     size = h.shape[2]
     for t in range(first, last):
         if product:
-            _add_product(h[t - 1] if t else h0, weight, a[t], start, stop)
+            add_product(h[t - 1] if t else h0, weight, a[t], start, stop)
         for b in range(start, stop):
             gates, before, now, new = a[t, b], c[t - 1, b] if t else c0[b], c[t, b], h[t, b]
             _lstm_row(gates, bias, size)
@@ -288,7 +223,7 @@ def lstm_steps(
                 g_c[n] = f[n] * gc
                 g_h[n] = 0
         if product == EXACT:
-            _add_product(d[t], weight, carry_h, start, stop)
+            add_product(d[t], weight, carry_h, start, stop)
         elif product == ROUND:
             for b in range(start, stop):
                 for n in range(size):
