@@ -23,7 +23,9 @@ from hbp.backends.numpy import backend
 from hbp.cells import GRUParameters, LSTMParameters, gru, lstm
 from hbp.core.registry import resolve
 
-numba = pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+import numba
+
 from hbp.backends import _numba
 from hbp.backends._numba import adjoints, compile, scan
 from hbp.backends._numba.compile import Threads
@@ -245,7 +247,7 @@ def test_cells_run_under_autocast(cell, rng):
 
 @both_dtypes
 def test_products_in_tiles(dtype, rng):
-    """Every height and width of a tile and what is left beside it, on rows of a larger array, from the second row on."""
+    """Every height and width of a tile and what is left beside it, on rows of a larger array, from the second on."""
     compiled = numba.njit(lambda rows, weight, sums, start, stop: add_product(rows, weight, sums, start, stop))
     for batch, length, width in product(range(9), (0, 1, 5), (0, 1, 7, 8, 16, 17, 31, 33, 64, 72, 129)):
         rows = rng.standard_normal((batch, length + 2)).astype(dtype)[:, 1 : length + 1]
