@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import hbp
 from hbp.availability import availability
 from hbp.backends._kernels import level
-from hbp.backends._tuning import VARIABLE, timings
+from hbp.backends._tuning import VARIABLE, cache_file, timings
 from hbp.core.registry import LIBRARIES, load
 from hbp.tuning import LIBRARIES as TUNED
 
@@ -151,22 +151,29 @@ def _info(_: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from hbp.backends import _tuning
     from hbp.tuning import tune
 
     if options.forget:
-        _tuning.cache_file().unlink(missing_ok=True)
-        print(f"deleted {_tuning.cache_file()}")
-        return 0
+        return _forget()
     compiled = find_spec("numba") is not None
     installed = [name for name in TUNED if find_spec(name) is not None and (compiled or name != "numpy")]
     if not installed:
         raise _InputError("nothing to tune: neither Numba nor PyTorch is installed; pip install 'hbp[numba]'")
     try:
         path = tune([options.backend] if options.backend else installed, path=options.output)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise _InputError(str(error)) from error
     print(f"wrote {path}")
+    return 0
+
+
+def _forget() -> int:
+    try:
+        path = cache_file()
+        path.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise _InputError(str(error)) from error
+    print(f"deleted {path}")
     return 0
 
 

@@ -24,14 +24,13 @@ def tune(libraries: Sequence[str], tell: Callable[[str], None] = print, path: Pa
 
     Raises:
         ImportError: a library is not installed, or, for "numpy", Numba.
-        OSError: the times cannot be written.
+        OSError, RuntimeError: the times cannot be written, or the user has no home.
     """
     for library in libraries:
         _check(library)
     path = _tuning.cache_file() if path is None else path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    compiled = CPU.load() is not None
-    rows = [row for row in _kept() if row.library not in (libraries if compiled else ["torch, plain"])]
+    _tuning.check_writable(path)
+    rows = [row for row in _kept() if not _measured(row, libraries)]
     source = f"hbp tune, {date.today().isoformat()}, {_tuning.processor()}"
     for measure in (_loops, _steps):
         with _tuning.given(Timings(source, tuple(rows))):  # the steps take the loops' fastest ways
@@ -49,6 +48,13 @@ def _kept() -> tuple[Timing, ...]:
         return _tuning.timings().rows
     except (ValueError, OSError):
         return _tuning.read(_tuning.SHIPPED).rows
+
+
+def _measured(row: Timing, libraries: Sequence[str]) -> bool:
+    """Whether times of such a row are measured now."""
+    if row.task == "stack" or CPU.load() is not None:
+        return row.library in libraries
+    return row.library == "torch, plain"
 
 
 def _check(library: str) -> None:

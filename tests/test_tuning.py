@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from math import nan
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,7 +97,8 @@ def test_the_table_shipped_knows_every_task():
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"rows": [{"task": 1}]}',
              json.dumps({"rows": [{"task": "t", "library": "l", "rows": 0, "width": 1, "seconds": {"a": 1}}]}),
-             json.dumps({"rows": [{"task": "t", "library": "l", "rows": 1, "width": 1, "seconds": {}}]})],
+             json.dumps({"rows": [{"task": "t", "library": "l", "rows": 1, "width": 1, "seconds": {}}]}),
+             json.dumps({"rows": [{"task": "", "library": "", "rows": 1, "width": 1, "seconds": {"a": 1, "b": nan}}]})],
 )  # fmt: skip
 def test_a_file_that_is_none_is_told_and_can_be_left_behind(text, capsys):
     cache_file().parent.mkdir(parents=True)
@@ -138,3 +142,46 @@ def test_tune_refuses_what_is_not_there(monkeypatch, capsys):
     assert "neither Numba nor PyTorch is installed; pip install" in capsys.readouterr().err
     with pytest.raises(ImportError, match="'jax' has nothing to tune; give one of numpy, torch"):
         tuning.tune(["jax"])
+
+
+@pytest.mark.parametrize("trouble", [RuntimeError("Could not determine home directory."), PermissionError(13, "no")])
+def test_without_a_cache_folder_the_shipped_times_decide_and_tune_says_so(trouble, monkeypatch, capsys):
+    """As under a user without a home, or with somebody else's, in a container."""
+
+    def nowhere():
+        raise trouble
+
+    for module in (_tuning, cli):
+        monkeypatch.setattr(module, "cache_file", nowhere)
+    assert "shipped" in _tuning.timings().source
+    assert cli.main(["info"]) == 0
+    monkeypatch.setattr(cli, "find_spec", lambda name: name == "torch")
+    monkeypatch.setattr(tuning, "find_spec", lambda name: True)
+    for arguments in (["tune"], ["tune", "--forget"]):
+        assert cli.main(arguments) == 2
+        assert str(trouble) in capsys.readouterr().err
+
+
+def test_that_tune_cannot_write_is_said_before_anything_is_measured(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(tuning, "_loops", None)
+    monkeypatch.setattr(cli, "find_spec", lambda name: name == "torch")
+    (tmp_path / "file").touch()
+    for output in (str(tmp_path), "", str(tmp_path / "file" / "times.json")):
+        assert cli.main(["tune", "--output", output]) == 2
+        assert "cannot write" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_compiled_loops_the_own_times_of_stacks_replace_the_shipped_ones(monkeypatch, tmp_path):
+    pytest.importorskip("torch")
+    parts = ("stack", "torch, plain")
+    shipped = [next(row for row in _tuning.timings().rows if part in (row.task, row.library)) for part in parts]
+    own = [replace(row, seconds=dict.fromkeys(row.seconds, 7.0)) for row in shipped]
+    monkeypatch.setattr(tuning, "CPU", SimpleNamespace(load=lambda: None))
+    monkeypatch.setattr(tuning, "_steps", lambda libraries: iter(own))
+    tuning.tune(["torch"], lambda line: None, tmp_path / "times.json")
+    with given(read(tmp_path / "times.json")):
+        for row in own:
+            assert _tuning.timings().nearest(row.task, row.library, row.rows, row.width) == row
+        assert any(row.library == "torch" and row.task == "gru step" for row in _tuning.timings().rows)

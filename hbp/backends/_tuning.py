@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from errno import EISDIR
 from functools import cache
 from math import hypot, log
 from pathlib import Path
+from tempfile import TemporaryFile
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any
@@ -134,10 +136,18 @@ def timings() -> Timings:
     """
     if _given:
         return _given[-1]
-    chosen, own = os.environ.get(VARIABLE), cache_file()
+    chosen = os.environ.get(VARIABLE)
     if chosen and chosen != "shipped":
         return read(Path(chosen))
-    return read(own if not chosen and own.exists() else SHIPPED)
+    return read(SHIPPED if chosen else _own() or SHIPPED)
+
+
+def _own() -> Path | None:
+    """The file in the cache folder, if there are both: a container's user may have no home, or see none."""
+    try:
+        return path if (path := cache_file()).exists() else None
+    except (RuntimeError, OSError):
+        return None
 
 
 def forget() -> None:
@@ -151,12 +161,28 @@ def read(path: Path) -> Timings:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         rows = tuple(Timing(**row) for row in found["rows"])
-        sound = all(row.rows > 0 and row.width > 0 and row.seconds and min(row.seconds.values()) > 0 for row in rows)
+        sound = all(row.seconds and all(n > 0 for n in (row.rows, row.width, *row.seconds.values())) for row in rows)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no file of hbp tune ({error}); delete it, or run hbp tune again") from error
     if not sound:
         raise ValueError(f"{path} has sizes or times that are not above 0; delete it, or run hbp tune again")
     return Timings(str(found.get("source", path)), rows)
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a file to be written.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
+    except OSError as error:
+        raise OSError(f"cannot write {str(path)!r}: {error.strerror}; give another file with --output") from error
 
 
 def write(path: Path, found: Timings) -> None:
@@ -169,7 +195,11 @@ def write(path: Path, found: Timings) -> None:
 
 
 def cache_file() -> Path:
-    """Where ``hbp tune`` keeps this processor's times; a folder that several machines share has a file of each."""
+    """Where ``hbp tune`` keeps this processor's times; a folder that several machines share has a file of each.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
     if sys.platform == "win32":
         folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
