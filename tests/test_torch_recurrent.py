@@ -111,6 +111,15 @@ def test_iterates_are_those_of_the_cells(kind, k, chunk, residual):
     close(found, [torch.from_numpy(np.asarray(d)) for d in (*dparams, dx)], 1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("batch", "length"), [(1, 9), (2, 1)])
+def test_strides_of_axes_with_one_entry_change_no_bit(kind, batch, length):
+    """By them torch picks a product where there is no bias."""
+    vendor, ours = pair(kind, torch.float32, bias=False, batch_first=True)
+    x = torch.randn(batch, length, I)
+    equal([ours(x)[0]], [vendor(x)[0]])
+
+
 @pytest.mark.parametrize("keep", ["gates", "states"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)

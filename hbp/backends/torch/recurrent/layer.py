@@ -39,7 +39,7 @@ class Vendor:
         hx = initial if self.lstm else initial[0]
         # torch multiplies a strided input (batch_first) in another order where the weights need gradients; there they
         # are seen to need them, and the graph of this is dropped at once.
-        strided = not x.is_contiguous()
+        strided = x.stride() != torch.empty(x.shape, device="meta").stride()  # where an axis has one entry too
         flat = [weight.detach().requires_grad_(weight.requires_grad and strided) for weight in weights]
         how = (self.bias, 1, 0.0, self.training, self.bidirectional)
         x = x.detach()
