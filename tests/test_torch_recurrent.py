@@ -174,6 +174,12 @@ def test_a_compiled_forward_takes_what_the_vendors_takes(kind, monkeypatch):
     close(torch.autograd.grad(y.sum(), [x]), [expected], 1e-12)
 
 
+def test_a_pinned_forward_that_there_is_not_is_said():
+    half = torch.zeros(3, B, I, dtype=torch.float16)
+    for own, why in (({"compiled": True}, "there is no compiled forward"), ({"compiled": False}, "pinned")):
+        assert hb.GRU(I, H, iterations=2, **own).half().path(half).why.startswith(why)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_there_is_no_compiled_forward_the_vendors_runs(kind, monkeypatch):
     forwards = pytest.importorskip("hbp.backends._numba.forwards")

@@ -51,7 +51,8 @@ def choose(
     if compiled and pinned is not False:
         ways = ["compiled"] if pinned else [*ways, "compiled"]
     if len(ways) == 1:
-        why = "pinned" if pinned is not None or exact else "there is no compiled forward for such an input"
+        obeyed = compiled if pinned else pinned is False or exact
+        why = "pinned" if obeyed else "there is no compiled forward for such an input"
         return _path(ways[0], is_exact, why)
     if data.device.type != "cpu":
         return _path("library", is_exact, f"on {data.device} the library's own is taken")
