@@ -283,6 +283,16 @@ def test_adjoints_are_the_plain_pullback(cell, step, dtype, threads, monkeypatch
         assert found[1] is None
 
 
+@both_cells
+def test_each_loop_asks_for_its_own_times_at_its_own_size(cell, monkeypatch, rng):
+    asked = []
+    monkeypatch.setattr(adjoints, "fastest", lambda *what: asked.append(what[:4]) or "loop")
+    pullback, cotangents = problem(cell, rng, (4, 2, 5), "float64")
+    assert asked.pop() == (f"{cell} forward", "numpy", 2, 5)
+    pullback(cotangents)
+    assert asked == [(f"{cell} backward", "numpy", 2, 5)]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @both_cells
 def test_adjoints_take_any_layout(cell, layout, convert, rng):
