@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import hbp
 from hbp.availability import availability
-from hbp.backends._kernels import level
+from hbp.backends._kernels import CPU, level
 from hbp.backends._tuning import VARIABLE, cache_file, timings
 from hbp.core.registry import LIBRARIES, load
 from hbp.tuning import LIBRARIES as TUNED
@@ -155,15 +155,17 @@ def _tune(options: argparse.Namespace) -> int:
 
     if options.forget:
         return _forget()
-    compiled = find_spec("numba") is not None
+    compiled = CPU.load() is not None
     installed = [name for name in TUNED if find_spec(name) is not None and (compiled or name != "numpy")]
     if not installed:
-        raise _InputError("nothing to tune: neither Numba nor PyTorch is installed; pip install 'hbp[numba]'")
+        raise _InputError(f"nothing to tune: no PyTorch is installed, and no compiled loops: {CPU.state()}")
     try:
         path = tune([options.backend] if options.backend else installed, path=options.output)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise _InputError(str(error)) from error
     print(f"wrote {path}")
+    if options.output is None and os.environ.get(VARIABLE):
+        print(f"{VARIABLE}={os.environ[VARIABLE]} is read instead, until it is unset")
     return 0
 
 

@@ -123,6 +123,10 @@ def test_tune_measures_and_keeps(library, monkeypatch, capsys):
             monkeypatch.setattr(f"{module}.SIZES", [(1, 4), (2, 8)])
     if library == "torch":
         monkeypatch.setattr("hbp.backends.torch.tuning.STACKS", [(2, 4)])
+    monkeypatch.setenv(_tuning.VARIABLE, "shipped")
+    assert cli.main(["tune", "--backend", library]) == 0
+    assert "HBP_TUNED=shipped is read instead, until it is unset" in capsys.readouterr().out
+    monkeypatch.delenv(_tuning.VARIABLE)
     assert cli.main(["tune", "--backend", library]) == 0
     found = read(cache_file())
     own = [row for row in found.rows if row.library == library]
@@ -138,8 +142,9 @@ def test_tune_measures_and_keeps(library, monkeypatch, capsys):
 
 def test_tune_refuses_what_is_not_there(monkeypatch, capsys):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setenv("HBP_KERNELS", "off")
     assert cli.main(["tune"]) == 2
-    assert "neither Numba nor PyTorch is installed; pip install" in capsys.readouterr().err
+    assert "no PyTorch is installed, and no compiled loops: plain (HBP_KERNELS=off)" in capsys.readouterr().err
     with pytest.raises(ImportError, match="'jax' has nothing to tune; give one of numpy, torch"):
         tuning.tune(["jax"])
 
