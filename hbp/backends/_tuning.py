@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from errno import EISDIR
-from functools import cache
+from functools import cache, lru_cache
 from math import hypot, log
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -99,7 +99,7 @@ def explained(task: str, library: str, rows: int, width: int, among: tuple[str, 
     return (way, "pinned") if way is not None and way in among else _explained(task, library, rows, width, among)
 
 
-@cache
+@lru_cache(4096)
 def _explained(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> tuple[str, str]:
     row = timings().nearest(task, library, rows, width)
     known = {} if row is None else {way: row.seconds[way] for way in among if way in row.seconds}
