@@ -94,7 +94,8 @@ def _steps(libraries: Sequence[str]) -> Iterator[Timing]:
 
 
 def _line(row: Timing) -> str:
-    sizes = ("numbers in a state", "parameters a layer") if row.task == "stack" else ("B", "H")
-    ways = ", ".join(f"{way} {1e6 * seconds:.3g}" for way, seconds in row.seconds.items())
-    where = f"{sizes[0]} = {row.rows}, {sizes[1]} = {row.width}"
-    return f"{row.task} ({row.library}), {where}: {row.fastest} ({ways} us a step)"
+    stack = row.task == "stack"
+    rows, width = ("numbers in a state", "parameters a layer") if stack else ("B", "H")
+    times = ", ".join(f"{way} {1e6 * seconds:.3g}" for way, seconds in row.seconds.items())
+    what = f"{row.task} ({row.library}), {rows} = {row.rows}, {width} = {row.width}"
+    return f"{what}: {row.best(tuple(row.seconds))} ({times} us a {'layer' if stack else 'step'})"

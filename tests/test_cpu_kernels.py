@@ -272,7 +272,7 @@ def test_adjoints_are_the_plain_pullback(cell, step, dtype, threads, monkeypatch
             pullback = replace(pullback, states=(pullback.states[0], None))
         with_gates = replace(pullback, gates=gates_of(pullback))
         for given in (pullback, with_gates):
-            with pinned(gru_backward=way, lstm_backward=way):
+            with pinned({"gru backward": way, "lstm backward": way}):
                 found = ADJOINTS[cell](given, cotangents, threads=threads)
             close(leaves(found), expected, TOLERANCE[dtype])
         k = size[0] // 2

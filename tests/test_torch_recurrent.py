@@ -151,7 +151,7 @@ def test_a_compiled_forward(kind, dtype, keep):
         y.zero_()
     close(torch.autograd.grad(y.sum(), [x]), first, 1e-12)
     for way in ("calls", "loop"):
-        with pinned(gru_forward=way, lstm_forward=way):
+        with pinned({"gru forward": way, "lstm forward": way}):
             close([ours(x)[0].detach()], values[:1], 1e-6 if dtype == torch.float32 else 1e-14)
 
 

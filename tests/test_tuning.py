@@ -62,10 +62,10 @@ def test_the_first_way_stays_where_another_saves_next_to_nothing():
 
 
 def test_a_way_can_be_pinned_where_there_is_it():
-    with given(table(SMALL)), pinned(gru_forward="calls"):
+    with given(table(SMALL)), pinned({"gru forward": "calls"}):
         assert fastest("gru forward", "numpy", 1, 32, ("loop", "calls")) == "calls"
         assert fastest("gru forward", "numpy", 1, 32, ("loop",)) == "loop"
-        with pinned(stack="loop"):
+        with pinned({"stack": "loop"}):
             assert fastest("gru forward", "numpy", 1, 32, ("loop", "calls")) == "calls"
 
 

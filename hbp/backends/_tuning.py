@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from errno import EISDIR
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from math import hypot, log
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -27,6 +27,8 @@ from zlib import crc32
 
 VARIABLE = "HBP_TUNED"
 SHIPPED = Path(__file__).with_name("tuned.json")
+MARGIN = 0.95
+"""The part of the first way's time that another must stay below to be taken instead."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,11 @@ class Timing:
     seconds: Mapping[str, float]
     """By the way: those of one step, in float32."""
 
-    @property
-    def fastest(self) -> str:
-        return min(self.seconds, key=lambda way: self.seconds[way])
+    def best(self, among: tuple[str, ...]) -> str:
+        """The fastest of those of some ways that were measured, where it saves enough; else the first of them."""
+        known = [way for way in among if way in self.seconds]
+        way = min(known, key=self.seconds.__getitem__)
+        return way if self.seconds[way] < MARGIN * self.seconds[known[0]] else known[0]
 
 
 @dataclass(frozen=True)
@@ -70,22 +74,28 @@ _pinned: ContextVar[Mapping[str, str]] = ContextVar("hbp_pinned_ways", default=M
 
 
 @contextmanager
-def pinned(**ways: str) -> Iterator[None]:
-    """Take these ways, by tasks with underscores, in this thread, as ``pinned(gru_forward="calls")``; for measuring.
+def pinned(ways: Mapping[str, str]) -> Iterator[None]:
+    """Take these ways, by task, in this thread; for measuring.
 
-    >>> with pinned(gru_forward="calls"):
+    >>> with pinned({"gru forward": "calls"}):
     ...     fastest("gru forward", "numpy", 1, 8, ("loop", "calls"))
     'calls'
     """
-    token = _pinned.set({**_pinned.get(), **{task.replace("_", " "): way for task, way in ways.items()}})
+    token = _pinned.set({**_pinned.get(), **ways})
     try:
         yield
     finally:
         _pinned.reset(token)
 
 
-MARGIN = 0.95
-"""The part of the first way's time that another must stay below to be taken instead."""
+def in_ways(task: str, ways: tuple[str, ...], run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """A run by each of some ways to do a task."""
+
+    def by(way: str) -> None:
+        with pinned({task: way}):
+            run()
+
+    return {way: partial(by, way) for way in ways}
 
 
 def fastest(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> str:
@@ -102,14 +112,11 @@ def explained(task: str, library: str, rows: int, width: int, among: tuple[str, 
 @lru_cache(4096)
 def _explained(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> tuple[str, str]:
     row = timings().nearest(task, library, rows, width)
-    known = {} if row is None else {way: row.seconds[way] for way in among if way in row.seconds}
-    if row is None or not known:
+    if row is None or row.seconds.keys().isdisjoint(among):
         return among[0], "nothing was measured"
-    times = ", ".join(f"{way} {1e6 * seconds:.3g}" for way, seconds in known.items())
+    times = ", ".join(f"{way} {1e6 * row.seconds[way]:.3g}" for way in among if way in row.seconds)
     where = f"B = {row.rows}, H = {row.width}, the nearest size measured"
-    best, first = min(known, key=known.__getitem__), next(iter(known))
-    way = best if known[best] < MARGIN * known[first] else first
-    return way, f"microseconds a step at {where}: {times}; {timings().source}"
+    return row.best(among), f"microseconds a step at {where}: {times}; {timings().source}"
 
 
 _given: list[Timings] = []

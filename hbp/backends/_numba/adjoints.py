@@ -146,6 +146,7 @@ def _back(
     x, weight, backend = pullback.x, pullback.params.weight_hh, pullback.backend
     carry, length = carries[0], len(x)
     batch, size = carry.shape
+    looped = in_loop(f"{'gru' if isinstance(pullback, GRUPullback) else 'lstm'} backward", backend, batch, size)
     span = max(SPAN // max(4 * size * batch, 1), 8) if iterations is None else length
     d = _empty(carry, (min(span, length), batch, 4 * size))
     recurrent, bias = _zeros(carry, weight.shape), _zeros(carry, (4 * size,))
@@ -155,7 +156,7 @@ def _back(
         a = max(b - span, 0)
         rows = d[: b - a].reshape(((b - a) * batch, 4 * size))
         if iterations is None:
-            _exact(steps(a, b, carry[None], d), b - a, carry, d[..., columns[1]], weight, backend, threads)
+            _exact(steps(a, b, carry[None], d), b - a, carry, d[..., columns[1]], weight, backend, threads, looped)
         else:
             _rounds(
                 partial(steps, a, b), min(iterations, length), carries, d, rows[:, columns[1]], weight, backend, threads
@@ -170,12 +171,18 @@ def _back(
 
 
 def _exact(
-    run: Callable[..., None], length: int, carry: Array, d: Array, weight: Array, backend: Any, threads: Threads
+    run: Callable[..., None],
+    length: int,
+    carry: Array,
+    d: Array,
+    weight: Array,
+    backend: Any,
+    threads: Threads,
+    looped: bool,
 ) -> None:
-    """All steps from the last to the first, with the product ``carry += d[t] @ weight`` at the end of each."""
+    """All steps from the last to the first, with the product ``carry += d[t] @ weight`` in the loop or behind each."""
     batch, size = carry.shape
-    cell = "gru" if weight.shape[0] == 3 * size else "lstm"
-    if in_loop(f"{cell} backward", backend, batch, size):
+    if looped:
         threads.run(partial(run, EXACT, 0, length), batch, length * batch * 4 * size * size)
         return
     for t in range(length - 1, -1, -1):

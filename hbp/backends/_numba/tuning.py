@@ -10,7 +10,7 @@ import numpy as np
 from hbp.backends._numba.adjoints import gru_adjoint, lstm_adjoint
 from hbp.backends._numba.compile import Threads
 from hbp.backends._numba.forwards import gru_forward, lstm_forward
-from hbp.backends._tuning import SIZES, Timing, pinned, shortest, steps_of
+from hbp.backends._tuning import SIZES, Timing, in_ways, shortest, steps_of
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 
 
@@ -19,16 +19,8 @@ def loops(backend: Any, convert: Callable[[np.ndarray], Any], threads: Threads) 
     for cell in ("gru", "lstm"):
         for batch, hidden in SIZES:
             for task, run in _tasks(cell, batch, hidden, backend, convert, threads).items():
-                runs = {way: _in_way(task, way, run) for way in ("loop", "calls")}
+                runs = in_ways(task, ("loop", "calls"), run)
                 yield Timing(task, backend.name, batch, hidden, shortest(runs, steps_of(batch, hidden)))
-
-
-def _in_way(task: str, way: str, run: Callable[[], Any]) -> Callable[[], Any]:
-    def pinned_run() -> None:
-        with pinned(**{task.replace(" ", "_"): way}):
-            run()
-
-    return pinned_run
 
 
 def _tasks(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hbp.backends._tuning import SIZES, STACKS, Timing, pinned, shortest, steps_of
+from hbp.backends._tuning import SIZES, STACKS, Timing, in_ways, shortest, steps_of
 from hbp.backends.torch.recurrent.adjoint import BACKEND
 from hbp.backends.torch.recurrent.choice import WAYS
 from hbp.backends.torch.recurrent.modules import GRU, LSTM
@@ -44,9 +44,8 @@ def stacks() -> Iterator[Timing]:
         model = Sequential(*map(Residual, blocks), iterations=3)
         x = torch.randn(batch, width, requires_grad=True)
 
-        def run(way: str, model: Any = model, x: torch.Tensor = x) -> None:
-            with pinned(stack=way):
-                torch.autograd.grad(model(x).sum(), [x, *model.parameters()])
+        def run(model: Any = model, x: torch.Tensor = x) -> None:
+            torch.autograd.grad(model(x).sum(), [x, *model.parameters()])
 
-        found = shortest({way: lambda way=way: run(way) for way in ("loop", "stacked")}, LAYERS)  # type: ignore[misc]
+        found = shortest(in_ways("stack", ("loop", "stacked"), run), LAYERS)
         yield Timing("stack", "torch", x.numel(), width * (width + 1), found)
