@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from hbp import cli, tuning
-from hbp.backends import _tuning
-from hbp.backends._tuning import Timing, Timings, cache_file, fastest, given, pinned, read, steps_of, write
+from hbp.backends import _timing, _tuning
+from hbp.backends._tuning import Timing, Timings, cache_file, fastest, given, pinned, read, write
 
 pytestmark = pytest.mark.usefixtures("_forgotten")
 
@@ -111,13 +111,13 @@ def test_a_file_that_is_none_is_told_and_can_be_left_behind(text, capsys):
 
 
 def test_steps_are_few_where_they_are_long():
-    assert [steps_of(1, 32), steps_of(64, 64), steps_of(1, 2048)] == [512, 76, 16]
+    assert [_timing.steps_of(1, 32), _timing.steps_of(64, 64), _timing.steps_of(1, 2048)] == [512, 76, 16]
 
 
 @pytest.mark.parametrize("library", tuning.LIBRARIES)
 def test_tune_measures_and_keeps(library, monkeypatch, capsys):
     pytest.importorskip(library), pytest.importorskip("numba")
-    monkeypatch.setattr(_tuning, "WORK", 1)
+    monkeypatch.setattr(_timing, "WORK", 1)
     for module in ("hbp.backends._numba.tuning", "hbp.backends.torch.tuning"):
         if library == "torch" or "numba" in module:
             monkeypatch.setattr(f"{module}.SIZES", [(1, 4), (2, 8)])

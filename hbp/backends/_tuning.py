@@ -11,16 +11,15 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from errno import EISDIR
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from math import hypot, log
 from pathlib import Path
 from tempfile import TemporaryFile
-from time import perf_counter
 from types import MappingProxyType
 from typing import Any
 from zlib import crc32
@@ -86,16 +85,6 @@ def pinned(ways: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         _pinned.reset(token)
-
-
-def in_ways(task: str, ways: tuple[str, ...], run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
-    """A run by each of some ways to do a task."""
-
-    def by(way: str) -> None:
-        with pinned({task: way}):
-            run()
-
-    return {way: partial(by, way) for way in ways}
 
 
 def fastest(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> str:
@@ -225,32 +214,3 @@ def processor() -> str:
                 if line.startswith("model name"):
                     return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-SIZES = [(B, H) for H in (32, 64, 128, 256, 512, 1024, 2048) for B in (1, 4, 16, 64) if B * H * H <= 1 << 23]
-"""Batch and hidden sizes, but those where a product is so large that the library's is the fastest everywhere."""
-STACKS = [(B, d) for d in (32, 128, 256, 512) for B in (4, 32, 256)]
-"""Batch sizes and widths."""
-WORK = 2e7
-"""Multiplications of a timed run's products, about: enough that a clock sees them."""
-REPEATS = 4
-
-
-def steps_of(batch: int, hidden: int) -> int:
-    """How many steps are timed."""
-    return int(max(16, min(512, WORK / (batch * hidden * hidden))))
-
-
-def shortest(runs: dict[str, Callable[[], Any]], steps: int) -> dict[str, float]:
-    """The seconds of a step of each run: the shortest of interleaved repeats, as whatever disturbs a run lengthens it.
-
-    One more comes first, untimed.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(REPEATS + 1):
-        for name, run in runs.items():
-            start = perf_counter()
-            run()
-            if turn:
-                times[name].append((perf_counter() - start) / steps)
-    return {name: min(found) for name, found in times.items()}

@@ -10,7 +10,8 @@ import numpy as np
 from hbp.backends._numba.adjoints import gru_adjoint, lstm_adjoint
 from hbp.backends._numba.compile import Threads
 from hbp.backends._numba.forwards import gru_forward, lstm_forward
-from hbp.backends._tuning import SIZES, Timing, in_ways, shortest, steps_of
+from hbp.backends._timing import SIZES, in_ways, shortest, steps_of
+from hbp.backends._tuning import Timing
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from hbp.backends._tuning import SIZES, STACKS, Timing, in_ways, shortest, steps_of
+from hbp.backends._timing import SIZES, STACKS, in_ways, shortest, steps_of
+from hbp.backends._tuning import Timing
 from hbp.backends.torch.recurrent.adjoint import BACKEND
 from hbp.backends.torch.recurrent.choice import WAYS
 from hbp.backends.torch.recurrent.modules import GRU, LSTM
