@@ -18,6 +18,7 @@ from hbp.core.registry import backend_of, use, using
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
 from hbp.linearization import linearize, linearize_layers
+from hbp.lowrank import LowRank
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -34,6 +35,7 @@ __all__ = [
     "Iterate",
     "LinearOperator",
     "LinearizedChain",
+    "LowRank",
     "Pair",
     "Report",
     "Scalar",

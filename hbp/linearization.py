@@ -10,6 +10,7 @@ from hbp.core.chain import IDENTITY, LayerChain, LinearizedChain
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero, zero
 from hbp.core.pullbacks import check_same
 from hbp.core.registry import resolve
+from hbp.lowrank import LowRank, stacked
 
 Block: TypeAlias = Callable[[Array], tuple[Array, Pullback]]
 """A differentiable function: x -> (y, pullback)."""
@@ -144,6 +145,8 @@ def stack_maps(maps: Sequence[LinearOperator], like: Array, backend: Backend) ->
     """
     for i, entry in enumerate(maps):
         _check_map(i, entry, like)
+    if any(isinstance(entry, LowRank) for entry in maps):
+        return _with_low_rank(maps, like, backend)
     kinds, arrays = {type(entry) for entry in maps}, [entry.arrays for entry in maps]
     if not kinds or kinds in ({Identity}, {Zero}):
         return maps[0] if maps else Identity()
@@ -167,3 +170,11 @@ def stack_maps(maps: Sequence[LinearOperator], like: Array, backend: Backend) ->
         arrays = [(entry.mv(one),) for entry in maps]
     found: LinearOperator = kind(*(backend.stack(rows) for rows in zip(*arrays, strict=True)))
     return found
+
+
+def _with_low_rank(maps: Sequence[LinearOperator], like: Array, backend: Backend) -> LinearOperator:
+    """`stack_maps` where some maps are of low rank: beside a `Dense` one they are dense, else the others of rank 0."""
+    if any(isinstance(entry, Dense) for entry in maps):
+        return stack_maps([one.dense() if isinstance(one, LowRank) else one for one in maps], like, backend)
+    path = stack_maps([one.path if isinstance(one, LowRank) else one for one in maps], like, backend)
+    return stacked(maps, path, like, backend)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hbp import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
+from hbp import Dense, Diagonal, Identity, LinearOperator, LowRank, Pair, Scalar, Zero
 
 
 def path_sum(R: np.ndarray, B: np.ndarray, c: np.ndarray, k: int) -> np.ndarray:
@@ -76,6 +76,10 @@ KINDS = (
     "pair",
     "pair-left-shared",
     "pair-right-shared",
+    "low-rank",
+    "low-rank-shared",
+    "low-rank-entries",
+    "pair-low-rank",
 )
 
 
@@ -83,7 +87,8 @@ def fits(kind: str, shape: tuple[int, ...]) -> bool:
     """Whether residual maps of this kind act on states of this shape."""
     if kind.startswith("pair"):
         return len(shape) >= 2 and shape[-2] == 2
-    return len(shape) >= {"diagonal-shared": 2, "dense": 1, "dense-entries": 2}.get(kind, 0)
+    least = {"diagonal-shared": 2, "dense": 1, "dense-entries": 2, "low-rank-entries": 2}
+    return len(shape) >= least.get(kind, int(kind.startswith("low-rank")))
 
 
 def residual_case(
@@ -92,6 +97,8 @@ def residual_case(
     """A random stack of maps with entries below 1, and its matrices on flattened states, (length, n, n)."""
     n, d = int(np.prod(shape)), shape[-1] if shape else 1
     eye = np.eye(n)
+    if "low-rank" in kind:
+        return low_rank_case(kind, rng, length, shape)
     if kind in ("identity", "zero", "number"):
         operator, factor = {"identity": (Identity(), 1.0), "zero": (Zero(), 0.0), "number": (Scalar(0.7), 0.7)}[kind]
         return operator, np.broadcast_to(factor * eye, (length, n, n))
@@ -119,9 +126,25 @@ def residual_case(
     return Pair(*arrays), matrices
 
 
+def low_rank_case(
+    kind: str, rng: np.random.Generator, length: int, shape: tuple[int, ...]
+) -> tuple[LinearOperator, np.ndarray]:
+    """A stack of rank 2, beside a diagonal, a number, nothing, or a pair."""
+    path = {"low-rank": "diagonal", "low-rank-shared": "number", "low-rank-entries": "zero", "pair-low-rank": "pair"}
+    rest, matrices = residual_case(path[kind], rng, length, shape)
+    flat = (*shape[:-2], 2 * shape[-1]) if kind.startswith("pair") else shape
+    batch, d = flat[:-1] if kind == "low-rank-entries" else (), flat[-1]
+    left = rng.uniform(-0.7, 0.7, (length, *batch, d, 2))
+    right = rng.uniform(-0.7, 0.7, (1 if kind == "low-rank-shared" else length, *batch, 2, d)) / d
+    count = int(np.prod(flat[:-1]))
+    full = np.broadcast_to((left @ right).reshape(length, int(np.prod(batch)), d, d), (length, count, d, d))
+    low = np.einsum("lbij,bc->lbicj", full, np.eye(count)).reshape(length, count * d, count * d)
+    return rest + LowRank(left, right), matrices + low
+
+
 def converted(operator: LinearOperator, array: Callable[[Any], Any]) -> LinearOperator:
     """The same stack over another library's arrays."""
-    return type(operator)(*map(array, operator.arrays)) if operator.arrays else operator
+    return operator.mapped(array)
 
 
 def matrix_pullbacks(B: np.ndarray, array: Callable[[Any], Any] = np.asarray) -> list[Callable[[Any], Any]]:

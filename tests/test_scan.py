@@ -56,7 +56,7 @@ def test_a_scan_of_pairs_is_a_scan_of_one_diagonal(own, shape, kind, rng):
         close(propagate_pair(operator.bind(n, c[-1], own), c, own), expected)
 
 
-@pytest.mark.parametrize("kind", ["identity", "zero", "number", "scalars", "diagonal", "dense", "pair"])
+@pytest.mark.parametrize("kind", ["identity", "zero", "number", "scalars", "diagonal", "dense", "pair", *KINDS[12:]])
 def test_propagate_in_every_library(kind, library, rng):
     for n in LENGTHS:
         operator, c, expected = problem(kind, rng, n, (2, 3))
@@ -67,7 +67,7 @@ def test_propagate_in_every_library(kind, library, rng):
         np.testing.assert_array_equal(library.numpy(given), c)
 
 
-@pytest.mark.parametrize("kind", ["number", "diagonal-shared", "dense-entries", "pair-left-shared"])
+@pytest.mark.parametrize("kind", ["number", "diagonal-shared", "dense-entries", "pair-left-shared", "low-rank", "pair-low-rank"])
 def test_parallel_scan_in_every_library(kind, library, rng):
     own = library.front_end.backend
     for n in (1, 3):

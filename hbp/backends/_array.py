@@ -63,15 +63,18 @@ class ArrayBackend:
             if scan is not None:
                 return scan(operator, c)
         if dtype_name(c) in HALF:  # the scan adds L terms: once rounded, not L times
-            wide = [self.widened(array) for array in operator.arrays]
-            return self.cast(self.propagate(type(operator)(*wide) if wide else operator, self.widened(c)), c)
+            return self.cast(self.propagate(operator.mapped(self.widened), self.widened(c)), c)
         if isinstance(operator, Identity):
             return self.suffix_sum(c)
         if isinstance(operator, Pair):
             return propagate_pair(operator, c, self)
-        if not isinstance(operator, Scalar | Diagonal | Dense):  # a user's own kind
-            return sequential(operator, c, self)
+        if not isinstance(operator, Scalar | Diagonal | Dense):  # a `LowRank`, or a user's own kind
+            return self.sequential(operator, c)
         return self.suffix_scan(operator, c)
+
+    def sequential(self, operator: LinearOperator, c: Array) -> Array:
+        """The solution for kinds whose products cost more than their maps, one map after another."""
+        return sequential(operator, c, self)
 
     def suffix_sum(self, c: Array) -> Array:
         """The solution for `Identity`: ``g[i] = c[i] + c[i+1] + ... + c[L]``."""

@@ -14,6 +14,7 @@ from hbp.core.increments import Iterate, Report
 from hbp.core.operator import Dense, Diagonal, Identity, Pair, Scalar, Zero
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
+from hbp.lowrank import LowRank
 
 __all__ = [
     "Dense",
@@ -21,6 +22,7 @@ __all__ = [
     "Identity",
     "Iterate",
     "LinearizedChain",
+    "LowRank",
     "Pair",
     "Report",
     "Scalar",

@@ -14,7 +14,12 @@ def one_each(maps: LinearOperator, length: int, like: Array, backend: Backend) -
 
 
 def concatenate(a: LinearOperator, b: LinearOperator, backend: Backend) -> LinearOperator:
-    """The stack ``a`` followed by ``b``, two stacks of one kind; numbers are made arrays before (`one_each`)."""
+    """The stack ``a`` followed by ``b``, two stacks of one kind; numbers are made arrays before (`one_each`).
+
+    A kind whose arrays are not simply laid end to end has a method ``joined``.
+    """
+    if hasattr(a, "joined"):
+        return a.joined(b, backend)  # type: ignore[no-any-return]
     joined = []
     for x, y in zip(a.arrays, b.arrays, strict=True):
         if x.shape[1:] != y.shape[1:]:  # a product of Pairs fills axes that a single one only broadcasts along

@@ -9,6 +9,7 @@ compose them (design: Boehm et al. 2019, and equation 12 of the highway-backprop
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 from numbers import Real
@@ -41,6 +42,10 @@ class LinearOperator:
         """The arrays this stack is made of (none for `Identity`, `Zero` and a `Scalar` given as a number)."""
         return tuple(value for value in vars(self).values() if hasattr(value, "shape"))
 
+    def mapped(self, function: Callable[[Array], Array]) -> LinearOperator:
+        """The maps made of ``function``'s values on these arrays."""
+        return type(self)(*map(function, self.arrays)) if self.arrays else self
+
     def mv(self, v: Array) -> Array:
         """Apply each map to its own entry of ``v``, shape (L, ...), or one map to one state."""
         raise NotImplementedError(f"a {type(self).__name__} has no mv; a residual operator needs one")
@@ -59,8 +64,7 @@ class LinearOperator:
             ValueError: the stack has another length, or its maps do not act on states of this shape.
             TypeError: its dtype is not that of the states (a `Diagonal` may be boolean).
         """
-        arrays = [self._aligned(array, length, like, backend) for array in self.arrays]
-        return type(self)(*arrays) if arrays else self
+        return self.mapped(lambda array: self._aligned(array, length, like, backend))
 
     def check_map(self, like: Array) -> None:
         """Check that this single map acts on states like ``like``; raises as `bind` does."""
@@ -102,7 +106,7 @@ class LinearOperator:
             raise ValueError(f"{found}; give one map per layer")
 
     def __getitem__(self, index: Any) -> LinearOperator:
-        return type(self)(*(array[index] for array in self.arrays))
+        return self.mapped(lambda array: array[index])
 
     def __matmul__(self, other: LinearOperator) -> LinearOperator:
         if not isinstance(other, LinearOperator):
@@ -112,9 +116,9 @@ class LinearOperator:
         except (TypeError, ValueError, RuntimeError) as error:  # of the array library
             shapes = " and ".join(str([tuple(array.shape) for array in one.arrays]) for one in (self, other))
             raise ValueError(f"cannot compose maps of shapes {shapes}; they must act on the same states") from error
-        if product is None:
+        if product is None and not hasattr(other, "__rmatmul__"):
             raise TypeError(f"cannot compose {type(self).__name__} with {type(other).__name__}: give one same kind")
-        return product
+        return NotImplemented if product is None else product
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,9 +172,6 @@ class Scalar(LinearOperator):
 
     def scaled(self, factor: Any) -> LinearOperator:
         return Scalar(self.value * factor)
-
-    def __getitem__(self, index: Any) -> LinearOperator:
-        return self if isinstance(self.value, float) else Scalar(self.value[index])
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from hbp.backends._kernels import CUDA_JAX
 from hbp.core.backend import Array, Gauge, Pullback
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.core.scan import hillis_steele
+from hbp.lowrank import LowRank
 
 UNROLLED = 8
 """Rounds up to which a compiled iteration is written out; from there on it is a loop, which compiles in one piece."""
@@ -55,6 +56,9 @@ class JaxBackend(ArrayBackend):
         if jax.default_backend() != "cpu":
             return hillis_steele(operator, c, self)
         return _suffix_scan(operator, c)
+
+    def sequential(self, operator: LinearOperator, c: Array) -> Array:
+        return _suffix_scan(operator, c) if isinstance(operator, LowRank) else super().sequential(operator, c)
 
     def scan(self, step: Callable[[Any, Any], Any], carry: Any, rows: Array | int, reverse: bool = False) -> Any:
         def body(carry: Any, row: Array) -> tuple[Any, Any]:
@@ -148,19 +152,23 @@ def _tell_once(gauge: Gauge, sizes: Array, count: Any, axes: set[Any]) -> None:
 def _suffix_scan(operator: LinearOperator, c: Array) -> Array:
     """`hbp.core.scan.sequential` as one compiled loop."""
 
-    def body(g: Array, layer: tuple[LinearOperator, Array]) -> tuple[Array, Array]:
-        g = layer[0].mv(g) + layer[1]
+    rows = jnp.arange(len(c) - 1) if isinstance(operator, LowRank) else operator  # whose factors layers may share
+
+    def body(g: Array, layer: tuple[Any, Array]) -> tuple[Array, Array]:
+        one = operator[layer[0]] if isinstance(operator, LowRank) else layer[0]
+        g = one.mv(g) + layer[1]
         return g, g
 
-    states = lax.scan(body, c[-1], (operator, c[:-1]), reverse=True)[1]
+    states = lax.scan(body, c[-1], (rows, c[:-1]), reverse=True)[1]
     return jnp.concatenate([states, c[-1:]])
 
 
 def _register(kind: type[LinearOperator]) -> None:
     """Make an operator a pytree: its arrays are leaves, a plain number is part of its structure."""
 
-    def flatten(operator: LinearOperator) -> tuple[tuple[Array, ...], Any]:
-        return operator.arrays, None if operator.arrays else tuple(vars(operator).values())
+    def flatten(operator: LinearOperator) -> tuple[tuple[Any, ...], Any]:
+        values = tuple(vars(operator).values())
+        return (values, None) if operator.arrays else ((), values)
 
     def unflatten(numbers: Any, arrays: Any) -> LinearOperator:
         operator = object.__new__(kind)  # leaves may be placeholders, which no check would accept
@@ -171,5 +179,5 @@ def _register(kind: type[LinearOperator]) -> None:
     jax.tree_util.register_pytree_node(kind, flatten, unflatten)
 
 
-for _kind in (Identity, Zero, Scalar, Diagonal, Dense, Pair):
+for _kind in (Identity, Zero, Scalar, Diagonal, Dense, Pair, LowRank):
     _register(_kind)

@@ -1,0 +1,269 @@
+"""Residual maps of low rank beside a cheap path: the few strong directions that training puts into a layer.
+
+The suffix scan of such maps is sequential by definition; its parallel form is that of dense maps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+from hbp.core.backend import Array, Backend, dtype_name
+from hbp.core.joining import concatenate, one_each
+from hbp.core.operator import Dense, Identity, LinearOperator, Pair, Scalar, Zero, zero
+from hbp.core.registry import backend_of, load
+
+PATH = Zero()
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(LinearOperator):
+    """R = path + left right on the last axis of the state, written ``Diagonal(...) + LowRank(left, right)``.
+
+    Products stay of this kind; their ranks add up, to at most d. Beside a `Pair` the state, (..., 2, H), counts as one
+    of d = 2 H numbers.
+
+    Args:
+        left: (L or 1, ..., d, r); a length of 1 is shared by all maps.
+        right: (L or 1, ..., r, d).
+        path: maps of another kind; the sum with a `Dense` is a `Dense`.
+
+    Raises:
+        TypeError, ValueError: no arrays, factors that do not fit each other, or a path of such a kind.
+
+    >>> import numpy as np
+    >>> from hbp import Diagonal
+    >>> maps = Diagonal(np.array([[1.0, 2.0]])) + LowRank(np.ones((1, 2, 1)), np.ones((1, 1, 2)))
+    >>> maps.mv(np.array([[1.0, 1.0]])).tolist(), (maps @ maps).rank
+    ([[3.0, 4.0]], 2)
+    """
+
+    left: Array
+    right: Array
+    path: LinearOperator = PATH
+
+    def __post_init__(self) -> None:
+        for name, value in (("left", self.left), ("right", self.right)):
+            if not hasattr(value, "shape"):
+                raise TypeError(f"LowRank takes arrays, {name} is a {type(value).__name__}")
+        if not isinstance(self.path, LinearOperator) or isinstance(self.path, Dense | LowRank):
+            raise TypeError(f"the path of a LowRank is a {type(self.path).__name__}; add the two by +")
+        if min(self.left.ndim, self.right.ndim) < 2 or self.left.shape[-1] != self.right.shape[-2]:
+            shapes = f"{tuple(self.left.shape)} and {tuple(self.right.shape)}"
+            raise ValueError(f"the factors have shapes {shapes}; expected (L or 1, ..., d, r) and (L or 1, ..., r, d)")
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return int(self.left.shape[-1])
+
+    @property
+    def T(self) -> LowRank:  # noqa: N802
+        return LowRank(self.right.swapaxes(-1, -2), self.left.swapaxes(-1, -2), self.path.T)
+
+    @property
+    def length(self) -> int | None:
+        return next((n for n in (len(self.left), len(self.right), self.path.length) if n not in (1, None)), 1)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return (self.left, self.right, *self.path.arrays)
+
+    def mapped(self, function: Callable[[Array], Array]) -> LowRank:
+        return LowRank(function(self.left), function(self.right), self.path.mapped(function))
+
+    def mv(self, v: Array) -> Array:
+        low = _states((self.left @ (self.right @ _flat(v, self)[..., None]))[..., 0], self)
+        return low if isinstance(self.path, Zero) else self.path.mv(v) + low
+
+    def scaled(self, factor: Any) -> LowRank:
+        lifted = factor.reshape((-1,) + (1,) * (self.left.ndim - 1)) if hasattr(factor, "shape") else factor
+        return LowRank(self.left * lifted, self.right, self.path.scaled(factor))
+
+    def dense(self) -> Dense:
+        """The same maps as full matrices; TypeError beside a `Pair`."""
+        if isinstance(self.path, Pair):
+            raise TypeError("a LowRank beside a Pair acts on pairs of arrays, and a Dense does not")
+        product = self.left @ self.right
+        if isinstance(self.path, Zero):
+            return Dense(product)
+        return Dense(self.path.mv(_zeros(product[..., 0]) + 1)[..., None] * _eye(self.left) + product)
+
+    def check_length(self, length: int) -> None:
+        for wrong in {len(self.left), len(self.right)} - {1, length}:
+            found = f"the residual LowRank has {wrong} maps and the chain {length} layers"
+            raise ValueError(f"{found}; give one map per layer, or one that all share")
+        self.path.check_length(length)
+
+    def check_map(self, like: Array) -> None:
+        self._check_factors(like, tuple(self.left.shape), tuple(self.right.shape))
+        self.path.check_map(like)
+
+    def bind(self, length: int, like: Array, backend: Backend) -> LowRank:
+        self.check_length(length)
+        self._check_factors(like, tuple(self.left.shape[1:]), tuple(self.right.shape[1:]))
+        path = one_each(self.path.bind(length, like, backend), length, like, backend)
+        axes = like.ndim - isinstance(path, Pair) + 2
+        return LowRank(
+            *(x.reshape(len(x), *(1,) * (axes - x.ndim), *x.shape[1:]) for x in (self.left, self.right)), path
+        )
+
+    def _check_factors(self, like: Array, left: tuple[int, ...], right: tuple[int, ...]) -> None:
+        if wrong := {dtype_name(self.left), dtype_name(self.right)} - {dtype_name(like)}:
+            raise TypeError(f"the residual LowRank is {wrong.pop()} and the states are {dtype_name(like)}; cast one")
+        *batch, d = _flat(like, self).shape or (0,)
+        broadcasts = [
+            len(own) <= len(batch) and all(a in (1, b) for a, b in zip(own[::-1], batch[::-1], strict=False))
+            for own in (left[:-2], right[:-2])
+        ]
+        if not all(broadcasts) or left[-2:-1] != (d,) or right[-1:] != (d,):
+            raise ValueError(
+                f"one map of the residual LowRank has factors of shapes {left} and {right}, which do not act on states "
+                f"of shape {tuple(like.shape)}; expected (..., {d}, r) and (..., r, {d})"
+            )
+
+    def __getitem__(self, index: Any) -> LowRank:
+        own = slice(None) if isinstance(index, slice) else 0
+        shared = self.length != 1
+        return LowRank(
+            *(x[own if len(x) == 1 and shared else index] for x in (self.left, self.right)), self.path[index]
+        )
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        return self.__radd__(other)
+
+    def __radd__(self, other: LinearOperator) -> LinearOperator:
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        if isinstance(other, LowRank):
+            left, right = _beside(other.left, self.left, -1), _beside(other.right, self.right, -2)
+            return _capped(LowRank(left, right, self.path)).__radd__(other.path)
+        if not isinstance(self.path, Zero):
+            if isinstance(other, Zero):
+                return self
+            raise TypeError(f"a {type(other).__name__} and a {type(self.path).__name__} do not add up; give one path")
+        return Dense(self.dense().matrix + other.matrix) if isinstance(other, Dense) else replace(self, path=other)
+
+    def __matmul__(self, other: LinearOperator) -> LinearOperator:
+        if isinstance(other, Zero):
+            return other
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        _check_states(self, other)
+        if isinstance(other, Dense):
+            return self.dense() @ other
+        if isinstance(other, LowRank):
+            return (self @ other.path) + LowRank(_columns(self, other.left), other.right)
+        right = _columns(other.T, self.right.swapaxes(-1, -2)).swapaxes(-1, -2)
+        return LowRank(self.left, right, self.path @ other)
+
+    def __rmatmul__(self, other: LinearOperator) -> LinearOperator:
+        _check_states(other, self)
+        if isinstance(other, Dense):
+            return other @ self.dense()
+        return LowRank(_columns(other, self.left), self.right, other @ self.path)
+
+    def joined(self, other: LowRank, backend: Backend) -> LowRank:
+        """These maps followed by others of this kind."""
+        rank, both = max(self.rank, other.rank), (self, other)
+        paths = concatenate(self.path, other.path, backend)
+        lefts = [_widened(_each(one.left, one), rank - one.rank, -1) for one in both]
+        rights = [_widened(_each(one.right, one), rank - one.rank, -2) for one in both]
+        return LowRank(*(backend.concat(_alike(*pair, 0)) for pair in (lefts, rights)), paths)
+
+
+def stacked(maps: Sequence[LinearOperator], path: LinearOperator, like: Array, backend: Backend) -> LowRank:
+    """Single maps, of which some are `LowRank`, as one stack beside the stack of their paths."""
+    nothing = zero(like, backend)
+    flat = tuple(_flat(like, replace(next(one for one in maps if isinstance(one, LowRank)), path=path)).shape)
+    rank = max(one.rank for one in maps if isinstance(one, LowRank))
+    factors = []
+    for side, axis, empty in (("left", -1, (*flat, 0)), ("right", -2, (*flat[:-1], 0, flat[-1]))):
+        own = [
+            getattr(one, side) if isinstance(one, LowRank) else backend.xp.broadcast_to(nothing, empty) for one in maps
+        ]
+        wide = [_widened(x, rank - x.shape[axis], axis) for x in own]
+        whole = (*flat, rank) if side == "left" else (*flat[:-1], rank, flat[-1])
+        factors.append(backend.stack([backend.xp.broadcast_to(x, whole) for x in wide]))
+    return LowRank(*factors, path)
+
+
+def _on_pairs(maps: LinearOperator) -> bool:
+    return isinstance(maps.path if isinstance(maps, LowRank) else maps, Pair)
+
+
+def _flat(v: Array, maps: LinearOperator) -> Array:
+    """States with the axes that factors act on as one: a `Pair`'s last two."""
+    if not _on_pairs(maps) or v.ndim < 2:
+        return v
+    return v.reshape((*v.shape[:-2], v.shape[-2] * v.shape[-1]))
+
+
+def _states(v: Array, maps: LinearOperator) -> Array:
+    """The inverse of `_flat`."""
+    return v.reshape((*v.shape[:-1], 2, v.shape[-1] // 2)) if _on_pairs(maps) else v
+
+
+def _check_states(a: LinearOperator, b: LinearOperator) -> None:
+    """Raise TypeError where one of two kinds acts on pairs and the other on single arrays."""
+    if _on_pairs(a) != _on_pairs(b) and not any(isinstance(one, Identity | Scalar) for one in (a, b)):
+        kinds = f"{type(a).__name__} with {type(b).__name__}"
+        raise TypeError(f"cannot compose {kinds}, one of which acts on pairs: give one same kind")
+
+
+def _columns(maps: LinearOperator, factor: Array) -> Array:
+    """``maps`` applied to each column of a factor (..., d, r)."""
+    columns = [_flat(maps.mv(_states(factor[..., j], maps)), maps) for j in range(factor.shape[-1])]
+    return load(backend_of(factor)).backend.stack(columns, -1) if columns else factor
+
+
+def _beside(a: Array, b: Array, axis: int) -> Array:
+    """Two factors side by side along one of their last two axes."""
+    return load(backend_of(a)).backend.concat(_alike(a, b, axis), axis)
+
+
+def _alike(a: Array, b: Array, axis: int) -> list[Array]:
+    """Two arrays broadcast against each other but for one axis."""
+    xp, found = load(backend_of(a)).backend.xp, []
+    kept = axis if axis < 0 else axis - max(a.ndim, b.ndim)
+    shape = [m if n == 1 else n for m, n in zip_longest(a.shape[::-1], b.shape[::-1], fillvalue=1)][::-1]
+    for x in (a, b):
+        shape[kept] = x.shape[kept]
+        found.append(xp.broadcast_to(x, tuple(shape)))
+    return found
+
+
+def _widened(factor: Array, more: int, axis: int) -> Array:
+    """A factor with ranks of zeros behind its own."""
+    if not more:
+        return factor
+    backend = load(backend_of(factor)).backend
+    shape = list(factor.shape)
+    shape[axis] = more
+    return backend.concat([factor, backend.xp.broadcast_to(zero(factor, backend), tuple(shape))], axis)
+
+
+def _each(factor: Array, maps: LowRank) -> Array:
+    """A factor with an entry for each map."""
+    return load(backend_of(factor)).backend.xp.broadcast_to(factor, (maps.length, *factor.shape[1:]))
+
+
+def _capped(maps: LowRank) -> LowRank:
+    """The same maps with d for their rank, where it is more."""
+    if maps.rank <= maps.left.shape[-2]:
+        return maps
+    eye = _eye(maps.left)
+    return replace(maps, left=maps.left @ maps.right, right=eye.reshape((1,) * (maps.left.ndim - 2) + tuple(eye.shape)))
+
+
+def _zeros(x: Array) -> Array:
+    return load(backend_of(x)).backend.zeros_like(x)
+
+
+def _eye(left: Array) -> Array:
+    """The identity of the states that a factor (..., d, r) acts on."""
+    row = left.sum(tuple(n for n in range(left.ndim) if n != left.ndim - 2))
+    return load(backend_of(left)).backend.xp.diag(_zeros(row) + 1)
