@@ -17,6 +17,7 @@ from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, S
 from hbp.core.registry import backend_of, use, using
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
+from hbp.directions import Directions, directions
 from hbp.linearization import linearize, linearize_layers
 from hbp.lowrank import LowRank
 
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Dense",
     "Diagonal",
+    "Directions",
     "DivergenceWarning",
     "Identity",
     "Iterate",
@@ -46,6 +48,7 @@ __all__ = [
     "backend_of",
     "backprop",
     "cells",
+    "directions",
     "highway",
     "iterates",
     "linearize",

@@ -302,9 +302,17 @@ def outside(cell: Cell, d: np.ndarray) -> dict[str, np.ndarray]:
     return {"cotangent": d[-1], "sources": np.concatenate([np.zeros_like(d[:1]), d[:-1]])}
 
 
+def along_directions(cell: Cell, weight: np.ndarray, rank: int) -> np.ndarray:
+    """The projection of states onto the span of a weight's leading right singular vectors, and onto c as it is."""
+    rows = np.linalg.svd(weight)[2][:rank]
+    size, projection = weight.shape[1], np.eye(cell.parts * weight.shape[1])
+    projection[-size:, -size:] = rows.T @ rows
+    return projection
+
+
 @both_cells
 @pytest.mark.parametrize("chunk", [1, 3, 4, 9])
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", [*SPLITS, "rank 1", "rank 2"])
 def test_iterates_are_those_of_explicit_matrices(cell: Cell, chunk: int, split: str, rng: np.random.Generator) -> None:
     given = problem(cell, rng, (7, 2, 2, 2))
     p, x, s0 = given.given
@@ -315,18 +323,25 @@ def test_iterates_are_those_of_explicit_matrices(cell: Cell, chunk: int, split: 
     by_parameters = parameter_derivatives(lambda new: cell.step(new, x, before)[0], p)
     flat = (7, 2, s0[0].size)
     jacobian = np.moveaxis(by_state.reshape(-1, *flat), 0, -1)
-    values, residual = split_values(cell, given, split)
-    path = split_matrix(split, values, cell.step(p, x, before)[1])
+    own = cell.step(p, x, before)[1]
+    if split.startswith("rank"):
+        rank = int(split[-1])
+        options = {"rank": rank}
+        path = own + (jacobian - own) @ along_directions(cell, p.weight_hh, rank)
+        chain = pullback.split(hbp.directions(p.weight_hh, rank))
+    else:
+        values, residual = split_values(cell, given, split)
+        options, path = {"residual": residual}, split_matrix(split, values, own)
+        chain = pullback.split(residual)
     c = np.concatenate([np.zeros_like(s0[None]), given.d]).reshape(8, 2, -1)
     for k in range(-(-7 // chunk) + 2):
         g = iterate(jacobian, path, c, k, chunk).reshape(8, *s0.shape)
-        dp, dx, ds0 = pull(given.d, iterations=k, chunk=chunk, residual=residual)
+        dp, dx, ds0 = pull(given.d, iterations=k, chunk=chunk, **options)
         dp_expected = tuple(
             (a * g[1:]).sum((1, 2, 3, 4)).reshape(array.shape) for a, array in zip(by_parameters, p, strict=True)
         )
         expected = dp_expected, np.moveaxis((by_input * g[1:]).sum((3, 4)), 0, -1), g[0]
         close((tuple(dp), dx, ds0), expected, STENCIL)
-        chain = pullback.chain if residual is None else pullback.chain.resplit(residual)
         every = hbp.highway(chain, **outside(cell, given.d), iterations=k, chunk=chunk)
         close(every.reshape(g.shape), g, STENCIL)
 
@@ -346,6 +361,27 @@ def test_every_split_is_exact_from_the_number_of_stages(
     early = pull(given.d, iterations=1, chunk=chunk, residual=residual)
     assert np.abs(early[2] - exact[2]).max() > 1e-3 * np.abs(exact[2]).max()
     close(pull(given.d, iterations=1, chunk=6, residual=residual), exact, EXACT)  # one stage: exact whatever the split
+
+
+@both_cells
+@pytest.mark.parametrize("biases", [(True, True), (False, False)], ids=str)
+def test_all_directions_are_exact_without_a_round_and_none_are_the_gates_path(
+    cell: Cell, biases: Any, rng: np.random.Generator
+) -> None:
+    given = problem(cell, rng, (6, 3, 2, 4), biases)
+    pull = cell.run(*given.given)[1]
+    exact = pull(given.d)
+    close(pull(given.d, iterations=0, rank=4), exact, EXACT)
+    close(pull(given.d, rank=4), exact, 0)  # exact backprop under any split
+    close(pull(given.d, iterations=6, rank=2), exact, EXACT)
+    for k in (0, 1, 2):
+        close(pull(given.d, iterations=k, rank=0), pull(given.d, iterations=k), 0)
+    stale = hbp.directions(given.p.weight_hh + 0.1 * rng.normal(size=given.p.weight_hh.shape), 2)
+    close(pull(given.d, iterations=6, rank=stale), exact, EXACT)  # of another weight: a worse split, no other gradient
+    reports: list[Any] = []
+    close(pull(given.d, tolerance=1e-14, rank=2, watch=reports.append), exact, EXACT)
+    assert len(reports) == 1
+    assert len(reports[0].increments) > 1
 
 
 def test_residual_dense_holds_all_of_a_gru_at_no_iteration(rng: np.random.Generator) -> None:
@@ -538,6 +574,11 @@ def test_bad_input(cell: Cell, name: str, change: Any, error: type, match: str, 
         ({"tolerance": -1.0}, ValueError, "tolerance=-1.0.*non-negative"),
         ({"tolerance": True}, ValueError, "tolerance=True.*non-negative"),
         ({"residual": 0.5}, TypeError, "residual is a float; give an operator"),
+        ({"rank": -1}, ValueError, "rank=-1 is too small"),
+        ({"rank": 1.5}, TypeError, "rank=1.5 is a float"),
+        ({"rank": "all"}, ValueError, "rank='all'; give a number of directions, 'auto'"),
+        ({"rank": 3, "iterations": 1}, ValueError, r"rank=3 is more than a weight of shape \(\d+, 2\) has"),
+        ({"rank": 1, "residual": hbp.Zero()}, ValueError, "residual and rank are given"),
         ({"residual": hbp.Diagonal(np.ones((3, 2)))}, ValueError, "Diagonal has 3 maps and the chain 4 layers"),
         ({"residual": hbp.Diagonal(np.ones((4, 5)))}, ValueError, r"Diagonal has shape \(5,\).*states of shape"),
         ({"residual": hbp.Diagonal(np.ones((4, 2), "float32"))}, TypeError, "Diagonal is float32 .* float64"),

@@ -67,7 +67,9 @@ def test_propagate_in_every_library(kind, library, rng):
         np.testing.assert_array_equal(library.numpy(given), c)
 
 
-@pytest.mark.parametrize("kind", ["number", "diagonal-shared", "dense-entries", "pair-left-shared", "low-rank", "pair-low-rank"])
+@pytest.mark.parametrize(
+    "kind", ["number", "diagonal-shared", "dense-entries", "pair-left-shared", "low-rank", "pair-low-rank"]
+)
 def test_parallel_scan_in_every_library(kind, library, rng):
     own = library.front_end.backend
     for n in (1, 3):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, Literal, TypeAlias, get_args
 
 from hbp.core.adjoint import highway
@@ -13,6 +14,7 @@ from hbp.core.chain import LinearizedChain
 from hbp.core.operator import LinearOperator
 from hbp.core.registry import resolve
 from hbp.core.solver import Solver
+from hbp.directions import Directions, Rank, check_rank, directions
 
 Whole: TypeAlias = Callable[..., tuple[Any, Any, Any]]
 """``(pullback, cotangents, with_inputs) -> (dparams, dx, dinitial)``."""
@@ -65,20 +67,31 @@ def weight_gradient(preactivations: Array, inputs: Array) -> Array:
     return preactivations.reshape((count, preactivations.shape[-1])).T @ inputs.reshape((count, inputs.shape[-1]))
 
 
+def sum_of_gates(gains: Array, left: Array) -> Array:
+    """``sum_g gains[g] left[g]``, (T, B, H, r), from (T, B, gates, H) and (gates * H, r)."""
+    size = gains.shape[-1]
+    parts = [gains[..., g, :, None] * left[g * size : (g + 1) * size] for g in range(gains.shape[-2])]
+    return reduce(add, parts)
+
+
 def merged(x: Array) -> Array:
     """The last two axes, gates and units, as one."""
     return x.reshape((*x.shape[:-2], x.shape[-2] * x.shape[-1]))
 
 
 def own_code(
-    cell: str, solver: Solver, residual: LinearOperator | None, backend: Backend, arrays: Sequence[Array | None]
+    cell: str,
+    solver: Solver,
+    split: LinearOperator | Directions | None,
+    backend: Backend,
+    arrays: Sequence[Array | None],
 ) -> tuple[Whole | None, Rounds | None]:
     """Which code of the backend's own computes a cell's backward pass; where it has none, the core does.
 
     The whole pass, exact or in rounds on single steps: "adjoint", else "in_place". The rounds alone, on single steps:
     "rounds". This is the only place that decides.
     """
-    if residual is not None:
+    if split is not None:
         return None, None
     given = [array for array in arrays if array is not None]
     plain = not solver.exact and solver == Solver(solver.iterations)
@@ -90,11 +103,26 @@ def own_code(
     return whole, rounds
 
 
+def own_split(
+    solver: Solver, residual: LinearOperator | None, rank: Rank, weight: Array, backend: Backend
+) -> LinearOperator | Directions | None:
+    """What a cell's residual path is instead of its gate's, or the directions of its weight beside that; else None.
+
+    Raises:
+        TypeError, ValueError: both are given, or ``rank`` is none.
+    """
+    check_rank(rank)
+    if residual is not None and rank != 0:
+        raise ValueError("residual and rank are given; directions go with the cell's own path, give one of them")
+    if rank == 0 or (solver.exact and residual is None):
+        return residual
+    return directions(weight, rank, backend=backend)
+
+
 def state_cotangents(
     chain: LinearizedChain,
     d: Array,
     solver: Solver,
-    residual: LinearOperator | None,
     rounds: Rounds | None,
     backend: Backend,
 ) -> Array:
@@ -102,7 +130,6 @@ def state_cotangents(
     sources = backend.concat([backend.zeros_like(d[:1]), d[:-1]])
     if rounds is not None:
         return rounds(chain, backend.concat([sources, d[-1:]]), solver.iterations)  # type: ignore[arg-type]
-    chain = chain if residual is None else chain.resplit(residual)
     return highway(chain, d[-1], sources=sources, solver=solver, backend=backend)
 
 

@@ -16,10 +16,12 @@ from hbp.cells._common import (
     matmul,
     merged,
     own_code,
+    own_split,
     previous,
     project,
     sigmoid,
     state_cotangents,
+    sum_of_gates,
     weight_gradient,
 )
 from hbp.core.backend import Array, Backend
@@ -28,6 +30,8 @@ from hbp.core.increments import Report
 from hbp.core.operator import Diagonal, LinearOperator
 from hbp.core.pullbacks import Pullbacks
 from hbp.core.solver import Solver
+from hbp.directions import Directions, Rank
+from hbp.lowrank import LowRank
 
 
 class GRUParameters(NamedTuple):
@@ -156,6 +160,15 @@ class GRUPullback:
         """The T steps, linearised: residual path diag(z), blocks the gates."""
         return self._linearized[0]
 
+    def split(self, split: LinearOperator | Directions | None) -> LinearizedChain:
+        """The steps under another split: with strong directions of the weights beside diag(z), or another path."""
+        if not isinstance(split, Directions):
+            return self.chain if split is None else self.chain.resplit(split)
+        left, right = split.taken
+        gains, weight = self.chain.pullbacks.gains, self.params.weight_hh
+        low = LowRank(sum_of_gates(gains, left), right[None])
+        return LinearizedChain(GRUBlocks(gains, weight - left @ right), self.chain.residual + low)
+
     def __call__(
         self,
         dh: Array,
@@ -166,6 +179,7 @@ class GRUPullback:
         watch: Callable[[Report], None] | None = None,
         *,
         solver: Solver | None = None,
+        rank: Rank = 0,
         with_inputs: bool = True,
     ) -> tuple[GRUParameters, Array | None, Array]:
         """Pull cotangents of the states, (T, B, H), back to the parameters, the inputs and the initial state.
@@ -174,6 +188,9 @@ class GRUPullback:
             dh: the loss's cotangents of ``h``; zeros but for the last step where only that one counts.
             iterations, chunk, tolerance, watch, solver: as in `hbp.highway`; None is exact BPTT.
             residual: another residual path than diag(z): ``hbp.Zero()`` is the fixed-point baseline.
+            rank: how many strong directions of the recurrent weights the path takes beside (`hbp.directions`), for the
+                price of as many numbers per step: a number, "auto", or directions given. They are taken anew at each
+                call, by a singular value decomposition where none are given.
             with_inputs: whether dx is wanted; else it is None.
 
         Returns:
@@ -182,10 +199,11 @@ class GRUPullback:
         check_cotangent("dh", dh, self.h, self.backend)
         solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch)
         arrays = (self.h, self.x, self.h0, dh, *self.params)
-        whole, rounds = own_code("gru", solver, residual, self.backend, arrays)
+        split = own_split(solver, residual, rank, self.params.weight_hh, self.backend)
+        whole, rounds = own_code("gru", solver, split, self.backend, arrays)
         if whole is not None:
             return whole(self, dh, with_inputs)
-        g = state_cotangents(self.chain, dh, solver, residual, rounds, self.backend)
+        g = state_cotangents(self.split(split), dh, solver, rounds, self.backend)
         inputs, recurrent = self.preactivations(g)
         dx = matmul(inputs, self.params.weight_ih) if with_inputs else None
         return self.parameters(inputs, recurrent), dx, first(g, self.backend)

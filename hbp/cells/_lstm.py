@@ -16,10 +16,12 @@ from hbp.cells._common import (
     matmul,
     merged,
     own_code,
+    own_split,
     previous,
     project,
     sigmoid,
     state_cotangents,
+    sum_of_gates,
     weight_gradient,
 )
 from hbp.core.backend import Array, Backend
@@ -28,6 +30,8 @@ from hbp.core.increments import Report
 from hbp.core.operator import Diagonal, LinearOperator, Pair
 from hbp.core.pullbacks import Pullbacks
 from hbp.core.solver import Solver
+from hbp.directions import Directions, Rank
+from hbp.lowrank import LowRank
 
 
 class LSTMParameters(NamedTuple):
@@ -186,6 +190,19 @@ class LSTMPullback:
         stack = self.backend.stack
         return LinearizedChain(blocks, Pair(stack([f, exposed * f], axis=-2), stack([zero + 1, zero], axis=-2)))
 
+    def split(self, split: LinearOperator | Directions | None) -> LinearizedChain:
+        """As `GRUPullback.split`, beside the path c[t-1] -> c[t] -> h[t]."""
+        if not isinstance(split, Directions):
+            return self.chain if split is None else self.chain.resplit(split)
+        left, right = split.taken
+        own, concat = self.chain.pullbacks, self.backend.concat
+        gates = 3 * own.exposed.shape[-1]
+        by_c = sum_of_gates(own.gains[..., :3, :], left[:gates])
+        by_h = own.exposed[..., None] * by_c + sum_of_gates(own.gains[..., 3:, :], left[gates:])
+        low = LowRank(concat([by_c, by_h], -2), concat([self.backend.zeros_like(right), right], -1)[None])
+        blocks = LSTMBlocks(own.gains, own.exposed, own.weight - left @ right)
+        return LinearizedChain(blocks, self.chain.residual + low)
+
     def __call__(
         self,
         dstates: tuple[Array, Array | None],
@@ -196,6 +213,7 @@ class LSTMPullback:
         watch: Callable[[Report], None] | None = None,
         *,
         solver: Solver | None = None,
+        rank: Rank = 0,
         with_inputs: bool = True,
     ) -> tuple[LSTMParameters, Array | None, tuple[Array, Array]]:
         """Pull cotangents of the states back to the parameters, the inputs and the initial states.
@@ -205,6 +223,9 @@ class LSTMPullback:
             iterations, chunk, tolerance, watch, solver: as in `hbp.highway`; None is exact BPTT.
             residual: another residual path than c[t-1] -> c[t] -> h[t], on states (c, h) of shape (B, 2, H):
                 ``hbp.Zero()`` is the fixed-point baseline.
+            rank: how many strong directions of the recurrent weights the path takes beside (`hbp.directions`), for the
+                price of as many numbers per step: a number, "auto", or directions given. They are taken anew at each
+                call, by a singular value decomposition where none are given.
             with_inputs: whether dx is wanted; else it is None.
 
         Returns:
@@ -218,11 +239,12 @@ class LSTMPullback:
             check_cotangent("dc", dc, self.states[0], self.backend)
         solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch)
         arrays = (*self.states, self.x, *self.initial, dh, dc, *self.params)
-        whole, rounds = own_code("lstm", solver, residual, self.backend, arrays)
+        split = own_split(solver, residual, rank, self.params.weight_hh, self.backend)
+        whole, rounds = own_code("lstm", solver, split, self.backend, arrays)
         if whole is not None:
             return whole(self, dstates, with_inputs)
         d = self.backend.stack([self.backend.zeros_like(dh) if dc is None else dc, dh], axis=-2)
-        g = state_cotangents(self.chain, d, solver, residual, rounds, self.backend)
+        g = state_cotangents(self.split(split), d, solver, rounds, self.backend)
         a = self.chain.pullbacks.preactivations(g[1:], self.backend)
         d0 = first(g, self.backend)
         dx = matmul(a, self.params.weight_ih) if with_inputs else None

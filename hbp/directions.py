@@ -1,0 +1,150 @@
+"""The strong directions of a weight, for the residual path of a recurrent net (`hbp.LowRank`).
+
+Training puts a few large singular values into recurrent weights, above the flat spectrum that they started with. A gate's
+diagonal carries none of them through time; as part of the residual path they need no round of Highway-BP.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from hbp.core.backend import Array, Backend, check_count, check_floating, check_shape
+from hbp.core.registry import resolve
+
+SPARE = 4
+"""Directions that "auto" follows beyond those it takes, to see new ones rise."""
+MARGIN = 1.1
+"""How far a singular value must be above the edge of a flat spectrum, which is sharp only in the limit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """Leading singular directions of a weight W, (N, H): ``left @ right`` is near W, the rows of ``right`` orthonormal.
+
+    Args:
+        left: W times the transpose of ``right``, (N, k).
+        right: (k, H), the strongest first.
+        rank: how many are taken; the rest is followed only.
+    """
+
+    left: Array
+    right: Array
+    rank: int
+
+    @property
+    def taken(self) -> tuple[Array, Array]:
+        """The factors of the directions that are taken, (N, r) and (r, H)."""
+        return self.left[:, : self.rank], self.right[: self.rank]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The singular values along all directions, as far as they have converged."""
+        return tuple(float((column * column).sum()) ** 0.5 for column in self.left.T)
+
+    def __repr__(self) -> str:
+        return f"Directions(rank={self.rank}, values={[round(value, 3) for value in self.values]})"
+
+
+Rank: TypeAlias = int | Literal["auto"] | Directions
+"""How many directions the residual path takes: a number, those above the flat edge, or given ones."""
+
+
+def check_rank(rank: Any) -> None:
+    """Raise TypeError or ValueError unless ``rank`` is one (`Rank`)."""
+    if isinstance(rank, str) and rank != "auto":
+        raise ValueError(f"rank={rank!r}; give a number of directions, 'auto' for those above the flat edge, or 0")
+    if not isinstance(rank, str | Directions):
+        check_count("rank", rank, 0)
+
+
+def directions(
+    weight: Array, rank: Rank, start: Directions | None = None, *, backend: Backend | str | None = None
+) -> Directions:
+    """The leading singular directions of a weight.
+
+    Args:
+        weight: (N, H), as a recurrent layer's ``weight_hh``.
+        rank: how many; "auto" takes those whose singular values rise above the edge of a flat spectrum of the
+            remainder's size (`flat_edge`). Directions are given back as they are.
+        start: those of the weight before its last change: one step of subspace iteration from them, two products of
+            N x H x r, instead of a whole singular value decomposition, which takes about 10 N H^2 operations.
+        backend: a backend or its name, where it shall not be chosen by the library's rules.
+
+    Raises:
+        TypeError, ValueError: no matrix of floating-point numbers, no rank, or more than H; "auto" inside `jax.jit`.
+
+    >>> import numpy as np
+    >>> strong = directions(np.diag([3.0, 1.0, 1.0]), 1)
+    >>> strong.values, abs(strong.right).tolist()
+    ((3.0,), [[1.0, 0.0, 0.0]])
+    """
+    check_rank(rank)
+    resolved: Any = resolve(backend, weight)
+    check_floating(weight=weight)
+    if weight.ndim != 2:
+        raise ValueError(f"the weight has shape {tuple(weight.shape)}; expected (N, H)")
+    if isinstance(rank, Directions):
+        check_shape("the directions' left factor", rank.left, (weight.shape[0], rank.right.shape[0]))
+        check_shape("the directions' right factor", rank.right, (rank.right.shape[0], weight.shape[1]))
+        check_floating(weight=weight, left=rank.left, right=rank.right)
+        return rank
+    if rank != "auto" and rank > min(weight.shape):
+        raise ValueError(f"rank={rank} is more than a weight of shape {tuple(weight.shape)} has; give less")
+    wide = resolved.widened(weight)
+    found = _automatic(wide, start, resolved) if rank == "auto" else _leading(wide, rank, rank, start, resolved)
+    return Directions(resolved.cast(found.left, weight), resolved.cast(found.right, weight), found.rank)
+
+
+def flat_edge(values: tuple[float, ...], total: float, shape: tuple[int, int]) -> float:
+    """The largest singular value that noise of the remainder's size would have (Marchenko and Pastur, 1967).
+
+    Args:
+        values: the singular values that are no noise.
+        total: the sum of squares of all entries of the weight.
+        shape: the weight's, (N, H).
+
+    >>> round(flat_edge((), 100.0, (30, 10)), 3)  # 300 entries of variance 1 / 3
+    4.988
+    """
+    rows, columns = (size - len(values) for size in shape)
+    rest = max(total - sum(value * value for value in values), 0.0)
+    variance = rest / (rows * columns) if min(rows, columns) > 0 else 0.0
+    return math.sqrt(variance) * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+
+
+def above_edge(values: tuple[float, ...], total: float, shape: tuple[int, int]) -> int:
+    """How many singular values, given in falling order, rise above the flat edge that the others leave."""
+    rank = 0
+    while rank < len(values) and values[rank] > MARGIN * flat_edge(values[:rank], total, shape):
+        rank += 1
+    return rank
+
+
+def _automatic(weight: Array, start: Directions | None, backend: Any) -> Directions:
+    norm = backend.norm(weight)
+    if not isinstance(norm, float):
+        raise TypeError(
+            "rank='auto' needs the weight's numbers; inside jax.jit give a number, or directions from outside"
+        )
+    shape = (int(weight.shape[0]), int(weight.shape[1]))
+    size = min(shape)
+    found = _leading(weight, 0, len(start.right) if start is not None else size, start, backend)
+    rank = above_edge(found.values, norm * norm, shape)
+    if start is not None and rank == len(found.right) < size:
+        return _automatic(weight, None, backend)
+    count = min(rank + SPARE, len(found.right))
+    return Directions(found.left[:, :count], found.right[:count], rank)
+
+
+def _leading(weight: Array, rank: int, count: int, start: Directions | None, backend: Any) -> Directions:
+    """``count`` directions, of which ``rank`` are taken."""
+    linalg = backend.xp.linalg
+    if start is not None and len(start.right) == count and math.isfinite(backend.norm(start.left)):
+        right = linalg.qr(weight.T @ backend.widened(start.left))[0].T
+    elif isinstance(norm := backend.norm(weight), float) and not math.isfinite(norm):
+        right = backend.zeros_like(weight[:1].T @ weight[:1])[:count]  # as no decomposition would take it
+    else:
+        right = linalg.svd(weight, full_matrices=False)[2][:count]
+    return Directions(weight @ right.T, right, rank)

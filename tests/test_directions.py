@@ -1,0 +1,107 @@
+"""The strong directions of a weight, against NumPy's singular value decomposition and known spectra."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import hbp
+from hbp.directions import flat_edge
+
+if TYPE_CHECKING:
+    from conftest import Library
+
+
+def with_values(rng: np.random.Generator, shape: tuple[int, int], values: list[float]) -> np.ndarray:
+    """A random matrix with these singular values."""
+    left = np.linalg.qr(rng.normal(size=(shape[0], len(values))))[0]
+    right = np.linalg.qr(rng.normal(size=(shape[1], len(values))))[0]
+    return (left * values) @ right.T
+
+
+def spiked(rng: np.random.Generator, shape: tuple[int, int], values: list[float]) -> np.ndarray:
+    """Noise whose largest singular value is near 1, and a few directions of given strength."""
+    scale = np.sqrt(3) / (np.sqrt(shape[0]) + np.sqrt(shape[1]))
+    return rng.uniform(-scale, scale, shape) + with_values(rng, shape, values)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 5])
+def test_the_first_are_those_of_the_decomposition(library: Library, rank: int, rng: np.random.Generator) -> None:
+    weight = with_values(rng, (12, 5), [4.0, 3.0, 2.0, 1.0, 0.5])
+    found = hbp.directions(library.array(weight), rank)
+    left, right = (library.numpy(factor) for factor in found.taken)
+    assert (left.shape, right.shape, left.dtype) == ((12, rank), (rank, 5), weight.dtype)
+    u, s, v = np.linalg.svd(weight, full_matrices=False)
+    np.testing.assert_allclose(left @ right, (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-12)
+    np.testing.assert_allclose(right @ right.T, np.eye(rank), atol=1e-12)
+    np.testing.assert_allclose(found.values, s[:rank], atol=1e-12)
+
+
+def test_a_warm_start_follows_a_weight_that_changes(library: Library, rng: np.random.Generator) -> None:
+    weight, drift = with_values(rng, (12, 6), [4.0, 3.0, 0.3, 0.2, 0.1, 0.1]), rng.normal(size=(12, 6))
+    found = hbp.directions(library.array(weight), 2)
+    for n in range(1, 9):
+        moved = weight + 0.02 * n * drift
+        found = hbp.directions(library.array(moved), 2, found)
+        rows = np.linalg.svd(moved)[2][:2]
+        right = library.numpy(found.right)
+        np.testing.assert_allclose(right @ right.T, np.eye(2), atol=1e-12)
+        np.testing.assert_allclose(right.T @ right, rows.T @ rows, atol=0.02)
+        np.testing.assert_allclose(library.numpy(found.left), moved @ right.T, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(192, 64), (300, 100), (60, 60)], ids=str)
+def test_automatic_takes_what_rises_above_the_flat_edge(shape: tuple[int, int], rng: np.random.Generator) -> None:
+    for values in ([], [4.0], [6.0, 4.0, 2.5]):
+        weight = spiked(rng, shape, values)
+        assert hbp.directions(weight, "auto").rank == len(values)
+
+
+def test_automatic_sees_directions_rise_and_fall_from_a_warm_start(library: Library, rng: np.random.Generator) -> None:
+    shape, strong = (96, 32), with_values(rng, (96, 32), [1.0] * 7)
+    noise = spiked(rng, shape, [])
+    found = hbp.directions(library.array(noise), "auto")
+    ranks = []
+    for strength in (0.0, 1.0, 2.0, 4.0, 8.0, 8.0, 4.0, 1.0, 0.0, 0.0):
+        found = hbp.directions(library.array(noise + strength * strong), "auto", found)
+        ranks.append(found.rank)
+        assert found.rank <= len(found.values)
+    assert ranks[0] == ranks[-1] == 0
+    assert ranks[4:6] == [7, 7]
+
+
+def test_the_flat_edge_is_the_largest_value_of_noise(rng: np.random.Generator) -> None:
+    weight = rng.normal(size=(1200, 400))
+    edge = flat_edge((), float((weight**2).sum()), weight.shape)
+    np.testing.assert_allclose(np.linalg.svd(weight)[1][0], edge, rtol=0.02)
+    assert flat_edge((), 0.0, (3, 3)) == 0
+
+
+def test_weights_that_are_not_finite_leave_no_trace_behind(library: Library, rng: np.random.Generator) -> None:
+    good = with_values(rng, (6, 3), [3.0, 2.0, 1.0])
+    bad = np.where(good == good[0, 0], np.nan, good)
+    if library.name != "jax":
+        lost = hbp.directions(library.array(bad), 2)
+        assert lost.right.shape == (2, 3)
+        found = hbp.directions(library.array(good), 2, lost)
+        np.testing.assert_allclose(found.values, [3.0, 2.0], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("weight", "rank", "error", "match"),
+    [
+        (np.ones((4, 2)), 3, ValueError, r"rank=3 is more than a weight of shape \(4, 2\)"),
+        (np.ones((4, 2)), "some", ValueError, "rank='some'"),
+        (np.ones((4, 2)), True, TypeError, "rank=True is a bool"),
+        (np.ones(4), 1, ValueError, r"shape \(4,\); expected \(N, H\)"),
+        (np.ones((4, 2), int), 1, TypeError, "weight is int"),
+        (np.ones((3, 2)), hbp.directions(np.ones((4, 2)), 1), ValueError, "left factor has shape"),
+        (np.ones((4, 2), "f4"), hbp.directions(np.ones((4, 2)), 1), TypeError, "one dtype"),
+    ],
+    ids=str,
+)
+def test_bad_input(weight: Any, rank: Any, error: type, match: str) -> None:
+    with pytest.raises(error, match=match):
+        hbp.directions(weight, rank)
