@@ -1,7 +1,7 @@
 """The strong directions of a weight, for the residual path of a recurrent net (`hbp.LowRank`).
 
-Training puts a few large singular values into recurrent weights, above the flat spectrum that they started with. A gate's
-diagonal carries none of them through time; as part of the residual path they need no round of Highway-BP.
+Training puts a few large singular values into recurrent weights, above the flat spectrum that they started with. A
+gate's diagonal carries none of them through time; as part of the residual path they need no round of Highway-BP.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ The suffix scan of such maps is sequential by definition; its parallel form is t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -57,7 +56,7 @@ class LowRank(LinearOperator):
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The number of columns of ``left``."""
         return int(self.left.shape[-1])
 
     @property
@@ -107,9 +106,8 @@ class LowRank(LinearOperator):
         self._check_factors(like, tuple(self.left.shape[1:]), tuple(self.right.shape[1:]))
         path = one_each(self.path.bind(length, like, backend), length, like, backend)
         axes = like.ndim - isinstance(path, Pair) + 2
-        return LowRank(
-            *(x.reshape(len(x), *(1,) * (axes - x.ndim), *x.shape[1:]) for x in (self.left, self.right)), path
-        )
+        left, right = (x.reshape(len(x), *(1,) * (axes - x.ndim), *x.shape[1:]) for x in (self.left, self.right))
+        return LowRank(left, right, path)
 
     def _check_factors(self, like: Array, left: tuple[int, ...], right: tuple[int, ...]) -> None:
         if wrong := {dtype_name(self.left), dtype_name(self.right)} - {dtype_name(like)}:
@@ -128,9 +126,8 @@ class LowRank(LinearOperator):
     def __getitem__(self, index: Any) -> LowRank:
         own = slice(None) if isinstance(index, slice) else 0
         shared = self.length != 1
-        return LowRank(
-            *(x[own if len(x) == 1 and shared else index] for x in (self.left, self.right)), self.path[index]
-        )
+        left, right = (x[own if len(x) == 1 and shared else index] for x in (self.left, self.right))
+        return LowRank(left, right, self.path[index])
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
         return self.__radd__(other)
@@ -170,9 +167,9 @@ class LowRank(LinearOperator):
         """These maps followed by others of this kind."""
         rank, both = max(self.rank, other.rank), (self, other)
         paths = concatenate(self.path, other.path, backend)
-        lefts = [_widened(_each(one.left, one), rank - one.rank, -1) for one in both]
-        rights = [_widened(_each(one.right, one), rank - one.rank, -2) for one in both]
-        return LowRank(*(backend.concat(_alike(*pair, 0)) for pair in (lefts, rights)), paths)
+        left = backend.concat(_alike(*(_widened(_each(one.left, one), rank - one.rank, -1) for one in both), axis=0))
+        right = backend.concat(_alike(*(_widened(_each(one.right, one), rank - one.rank, -2) for one in both), axis=0))
+        return LowRank(left, right, paths)
 
 
 def stacked(maps: Sequence[LinearOperator], path: LinearOperator, like: Array, backend: Backend) -> LowRank:
@@ -188,7 +185,7 @@ def stacked(maps: Sequence[LinearOperator], path: LinearOperator, like: Array, b
         wide = [_widened(x, rank - x.shape[axis], axis) for x in own]
         whole = (*flat, rank) if side == "left" else (*flat[:-1], rank, flat[-1])
         factors.append(backend.stack([backend.xp.broadcast_to(x, whole) for x in wide]))
-    return LowRank(*factors, path)
+    return LowRank(factors[0], factors[1], path)
 
 
 def _on_pairs(maps: LinearOperator) -> bool:

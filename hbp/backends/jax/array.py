@@ -151,7 +151,6 @@ def _tell_once(gauge: Gauge, sizes: Array, count: Any, axes: set[Any]) -> None:
 @jax.jit
 def _suffix_scan(operator: LinearOperator, c: Array) -> Array:
     """`hbp.core.scan.sequential` as one compiled loop."""
-
     rows = jnp.arange(len(c) - 1) if isinstance(operator, LowRank) else operator  # whose factors layers may share
 
     def body(g: Array, layer: tuple[Any, Array]) -> tuple[Array, Array]:
