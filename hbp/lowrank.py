@@ -167,8 +167,10 @@ class LowRank(LinearOperator):
         """These maps followed by others of this kind."""
         rank, both = max(self.rank, other.rank), (self, other)
         paths = concatenate(self.path, other.path, backend)
-        left = backend.concat(_alike(*(_widened(_each(one.left, one), rank - one.rank, -1) for one in both), axis=0))
-        right = backend.concat(_alike(*(_widened(_each(one.right, one), rank - one.rank, -2) for one in both), axis=0))
+        first, last = (_widened(_each(one.left, one), rank - one.rank, -1) for one in both)
+        left = backend.concat(_alike(first, last, 0))
+        first, last = (_widened(_each(one.right, one), rank - one.rank, -2) for one in both)
+        right = backend.concat(_alike(first, last, 0))
         return LowRank(left, right, paths)
 
 
