@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +18,7 @@ import pytest
 from conftest import Library
 
 import hbp
-from hbp import Diagonal, Identity, LinearOperator, Scalar, cli
+from hbp import Diagonal, Identity, LinearOperator, Scalar, Solver, cli
 from hbp.backends import _kernels
 from hbp.backends.numpy import backend
 from hbp.cells import GRUParameters, LSTMParameters, gru, lstm
@@ -195,10 +196,10 @@ def leaves(tree: Any) -> list[Any]:
     return [leaf for item in tree for leaf in leaves(item)] if isinstance(tree, tuple) else [tree]
 
 
-def plain(pullback: Any, cotangents: Any, iterations: int | None = None) -> list[Any]:
+def plain(pullback: Any, cotangents: Any, iterations: int | None = None, **options: Any) -> list[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(_kernels.VARIABLE, "off")
-        return leaves(replace(pullback, gates=None)(cotangents, iterations))
+        return leaves(replace(pullback, gates=None)(cotangents, iterations, **options))
 
 
 @both_cells
@@ -276,7 +277,7 @@ def test_adjoints_are_the_plain_pullback(cell, step, dtype, threads, monkeypatch
                 found = ADJOINTS[cell](given, cotangents, threads=threads)
             close(leaves(found), expected, TOLERANCE[dtype])
         k = size[0] // 2
-        found = ADJOINTS[cell](with_gates, cotangents, threads=threads, iterations=k)
+        found = ADJOINTS[cell](with_gates, cotangents, threads=threads, solver=Solver(k))
         close(leaves(found), plain(pullback, cotangents, k), TOLERANCE[dtype])
         found = ADJOINTS[cell](pullback, cotangents, False, threads)
         close(found[0], expected[:4], TOLERANCE[dtype])
@@ -284,9 +285,56 @@ def test_adjoints_are_the_plain_pullback(cell, step, dtype, threads, monkeypatch
 
 
 @both_cells
+@both_dtypes
+def test_rounds_with_directions_are_the_plain_pullback(cell, dtype, threads, rng):
+    """Of every rank, below, at and above a vector's length, with measured increments and without."""
+    for size, rank in product([(1, 1, 3), (4, 2, 20), (9, 5, 8)], (0, 1, 3, 8, 17, 20)):
+        if rank > size[2]:
+            continue
+        pullback, cotangents = problem(cell, rng, size, dtype)
+        pullback = replace(pullback, gates=gates_of(pullback))
+        taken = hbp.directions(pullback.params.weight_hh, rank)
+        for k in (0, 1, 3):
+            reports: list[Any] = []
+            expected = plain(pullback, cotangents, k, rank=taken, watch=reports.append)
+            for solver in (Solver(k), Solver(k, watch=reports.append)):
+                found = ADJOINTS[cell](pullback, cotangents, threads=threads, solver=solver, directions=taken)
+                close(leaves(found), expected, 10 * TOLERANCE[dtype])
+            core, ours = reports
+            assert ours.exact == core.exact
+            for a, b in ((ours.increments, core.increments), (ours.sizes, core.sizes)):
+                np.testing.assert_allclose(a, b, rtol=0, atol=10 * TOLERANCE[dtype] * max(core.sizes))
+
+
+@both_cells
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200])
+def test_a_tolerance_stops_the_compiled_rounds_where_it_stops_the_core(cell, scale, used, rng):
+    pullback, cotangents = problem(cell, rng, (12, 3, 6), "float64")
+    cotangents = mapped(lambda d: d * scale, cotangents)
+    for rank, tolerance in product((0, 3), (0.3, 1e-3)):
+        reports: list[Any] = []
+        options = {"rank": rank, "tolerance": tolerance, "watch": reports.append}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", hbp.DivergenceWarning)
+            close(leaves(pullback(cotangents, **options)), plain(pullback, cotangents, **options), 1e-11)
+        assert len(reports[0].increments) == len(reports[1].increments)
+        assert reports[0].shares[-1] <= tolerance or reports[0].exact
+    assert used.count(f"{cell}_adjoint") == 4
+
+
+def test_increments_that_grow_are_a_warning_of_compiled_rounds_too():
+    """Blocks of -1.5 beside a path of nearly nothing: what crosses k of them, against the sum."""
+    weight = np.concatenate([np.zeros((4, 2)), -1.5 * np.eye(2)])
+    params = GRUParameters(np.zeros((6, 1)), weight, np.repeat([9.0, -9.0, 0.0], 2))
+    h, pullback = gru(params, np.zeros((30, 1, 1)), np.zeros((1, 2)))
+    with pytest.warns(hbp.DivergenceWarning, match="diverges: the increments grow"):
+        pullback(np.ones_like(h), 10, tolerance=1e-3)
+
+
+@both_cells
 def test_each_loop_asks_for_its_own_times_at_its_own_size(cell, monkeypatch, rng):
     asked = []
-    monkeypatch.setattr(adjoints, "fastest", lambda *what: asked.append(what[:4]) or "loop")
+    monkeypatch.setattr(_numba.arrays, "fastest", lambda *what: asked.append(what[:4]) or "loop")
     pullback, cotangents = problem(cell, rng, (4, 2, 5), "float64")
     assert asked.pop() == (f"{cell} forward", "numpy", 2, 5)
     pullback(cotangents)

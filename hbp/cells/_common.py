@@ -9,7 +9,7 @@ from operator import add
 from typing import Any, Literal, TypeAlias, get_args
 
 from hbp.core.adjoint import highway
-from hbp.core.backend import Array, Backend, check_floating, check_shape
+from hbp.core.backend import Array, Backend, check_floating, check_kind, check_shape
 from hbp.core.chain import LinearizedChain
 from hbp.core.operator import LinearOperator
 from hbp.core.registry import resolve
@@ -88,18 +88,19 @@ def own_code(
 ) -> tuple[Whole | None, Rounds | None]:
     """Which code of the backend's own computes a cell's backward pass; where it has none, the core does.
 
-    The whole pass, exact or in rounds on single steps: "adjoint", else "in_place". The rounds alone, on single steps:
-    "rounds". This is the only place that decides.
+    The whole pass, exact or on single steps: "adjoint", which knows directions, tolerance and reports, else "in_place",
+    which does not. Nor do the rounds alone, on single steps: "rounds". This is the only place that decides.
     """
-    if split is not None:
+    if isinstance(split, LinearOperator):
         return None, None
-    given = [array for array in arrays if array is not None]
-    plain = not solver.exact and solver == Solver(solver.iterations)
-    whole = None
-    if solver.exact or plain:
-        whole = backend.kernel(f"{cell}_adjoint", *given) or backend.kernel(f"{cell}_in_place", *given)
+    given, whole, rounds = [array for array in arrays if array is not None], None, None
+    if solver.exact or solver.chunk == 1:
+        whole = backend.kernel(f"{cell}_adjoint", *given)
+        whole = whole and partial(whole, solver=solver, directions=split)
+    if whole is None and split is None and (solver.exact or solver == Solver(solver.iterations)):
+        whole = backend.kernel(f"{cell}_in_place", *given)
         whole = whole and partial(whole, iterations=solver.iterations)
-    rounds = backend.kernel(f"{cell}_rounds", *given) if whole is None and plain else None
+        rounds = backend.kernel(f"{cell}_rounds", *given) if whole is None and not solver.exact else None
     return whole, rounds
 
 
@@ -112,6 +113,7 @@ def own_split(
         TypeError, ValueError: both are given, or ``rank`` is none.
     """
     check_rank(rank)
+    check_kind("residual", residual, LinearOperator | None, "an operator, as hbp.Zero(), or None for the cell's own")
     if residual is not None and rank != 0:
         raise ValueError("residual and rank are given; directions go with the cell's own path, give one of them")
     if rank == 0 or (solver.exact and residual is None):

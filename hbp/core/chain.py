@@ -179,10 +179,9 @@ class Composed(LinearOperator):
     def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
         maps, size, stride = self.maps.bind(self.count, like, backend), self.size, self.stride
         product: Any = partial(reduce, lambda first, second: second @ first)
-        stop = -(-self.count // stride) * stride
-        last = stop - stride
+        last = (-(-self.count // stride) - 1) * stride
         if last + size <= self.count:  # the last stage is complete
-            return product(maps[j:stop:stride] for j in range(size))  # type: ignore[no-any-return]
+            return product(maps[j::stride] for j in range(size))  # type: ignore[no-any-return]
         maps = one_each(maps, self.count, like, backend)
         complete = product(maps[j:last:stride] for j in range(size))
         return concatenate(complete, product(maps[i : i + 1] for i in range(last, self.count)), backend)

@@ -6,7 +6,6 @@ far it has come.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,7 +14,7 @@ from typing import TypeAlias
 
 from hbp.core.backend import Array, Backend
 from hbp.core.chain import LinearizedChain, Stages
-from hbp.core.increments import DivergenceWarning, Iterate, Report
+from hbp.core.increments import Iterate
 from hbp.core.scan import loop
 from hbp.core.solver import Solver
 
@@ -53,8 +52,7 @@ class Equation:
     @property
     def most(self) -> int:
         """The number of rounds at most, beyond which nothing is left."""
-        total, k = self.backend.total(len(self.coarse)), self.solver.iterations
-        return total if k is None else min(k, total)  # type: ignore[type-var,return-value]
+        return self.solver.most(self.backend.total(len(self.coarse)))
 
     def solved(self) -> Array:
         """All of g, shape (L+1, ...)."""
@@ -87,15 +85,11 @@ class Equation:
 
     def settled(self, sizes: tuple[float, float]) -> bool:
         """Whether the tolerance is met."""
-        return self.solver.tolerance is not None and sizes[0] <= self.solver.tolerance * sizes[1]
+        return self.solver.settled(sizes)
 
     def told(self, sizes: Sequence[tuple[float, float]]) -> None:
         """Report on all rounds, from their sizes."""
-        report = Report.of(sizes, self.backend.total(len(self.coarse)))
-        if self.solver.tolerance is not None and report.diverges:
-            warnings.warn(report.verdict, DivergenceWarning, stacklevel=5)
-        if self.solver.watch is not None:
-            self.solver.watch(report)
+        self.solver.tell(sizes, self.backend.total(len(self.coarse)))
 
     def _scanned(self, c: Array) -> Array:
         return self.backend.propagate(self.coarse.residual.T, c)
@@ -125,5 +119,5 @@ class Equation:
         stages: Stages = self.coarse.pullbacks
         inside = list(islice(stages.sweep(g[1:], self.sources, self.backend), stages.size - 1))
         rows = self.backend.stack([g[:-1], *reversed(inside)], axis=1)
-        states = rows.reshape((len(stages) * stages.size, *g.shape[1:]))
-        return self.backend.concat([states[: len(self.chain)], g[-1:]])
+        states = rows.reshape((len(stages) * stages.size, *g.shape[1:]))[: len(self.chain)]
+        return self.backend.concat([states, g[-1:]])

@@ -8,9 +8,8 @@ from hbp.core.operator import LinearOperator, Scalar, zero
 
 def one_each(maps: LinearOperator, length: int, like: Array, backend: Backend) -> LinearOperator:
     """A stack of ``length`` maps, bound; a `Scalar` given as one number as an array of them, like the states."""
-    if not isinstance(maps, Scalar) or maps.arrays or not length:
-        return maps
-    return Scalar(backend.stack([zero(like, backend) + maps.value] * length))
+    number = isinstance(maps, Scalar) and not maps.arrays and length
+    return Scalar(backend.stack([zero(like, backend) + maps.value] * length)) if number else maps  # type: ignore[attr-defined]
 
 
 def concatenate(a: LinearOperator, b: LinearOperator, backend: Backend) -> LinearOperator:

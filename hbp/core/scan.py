@@ -57,8 +57,7 @@ def hillis_steele(operator: LinearOperator, c: Array, backend: Backend) -> Array
     maps, shift = Affine(one_each(operator, length, c[-1], backend), c[:-1]), 1
     while shift < length:
         head, tail = maps[: length - shift] @ maps[shift:], maps[length - shift :]
-        offset = backend.concat([head.offset, tail.offset])
-        maps = Affine(concatenate(head.linear, tail.linear, backend), offset)
+        maps = Affine(concatenate(head.linear, tail.linear, backend), backend.concat([head.offset, tail.offset]))
         shift *= 2
     return backend.concat([maps(c[-1:]), c[-1:]])
 

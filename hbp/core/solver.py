@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
 from hbp.core.backend import check_count, check_kind
-from hbp.core.increments import Report
+from hbp.core.increments import DivergenceWarning, Report
 from hbp.core.schedule import Schedule
 
 
@@ -60,8 +61,7 @@ class Solver:
         if solver is None:
             return given
         check_kind("solver", solver, Solver, "an hbp.Solver")
-        others = [name for name in keywords if getattr(given, name) != getattr(cls(), name)]
-        if others:
+        if others := [name for name in keywords if getattr(given, name) != getattr(cls(), name)]:
             raise TypeError(f"solver={solver} is given beside {', '.join(others)}; give one or the other")
         return solver
 
@@ -76,8 +76,23 @@ class Solver:
 
     def watched(self, watch: Callable[[Report], Any]) -> Solver:
         """This solver, of whose increments another is told too."""
-        all_told = [watch] if self.watch is None else [self.watch, watch]
-        return replace(self, watch=lambda report: [tell(report) for tell in all_told])
+        return replace(self, watch=lambda report: [told(report) for told in (self.watch, watch) if told is not None])
+
+    def most(self, length: int) -> int:
+        """The number of rounds at most on a chain of this length, beyond which nothing is left."""
+        return length if self.iterations is None else min(self.iterations, length)  # type: ignore[type-var,return-value]
+
+    def settled(self, sizes: tuple[float, float]) -> bool:
+        """Whether a last increment and a solution of these norms meet the tolerance."""
+        return self.tolerance is not None and sizes[0] <= self.tolerance * sizes[1]
+
+    def tell(self, sizes: Sequence[tuple[float, float]], length: int) -> None:
+        """Report on all rounds on a chain of this length, from their norms; warn where a tolerance is not to be met."""
+        report = Report.of(sizes, length)
+        if self.tolerance is not None and report.diverges:
+            warnings.warn(report.verdict, DivergenceWarning, stacklevel=6)
+        if self.watch is not None:
+            self.watch(report)
 
     def fixed(self) -> Solver:
         """This solver, after checking that it holds no schedule (TypeError)."""

@@ -46,6 +46,11 @@ def writes(axes: int) -> Argument:
     return lambda dtype: types.Array(dtype, axes, "C")
 
 
+def doubles(_: types.Type) -> types.Type:
+    """A contiguous matrix of float64 that is written, whatever the other numbers are."""
+    return types.Array(types.float64, 2, "C")
+
+
 def index(_: types.Type) -> types.Type:
     """A bound of a range."""
     return types.intp

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hbp.backends._numba import loops
-from hbp.backends._numba.adjoints import _empty, gru_bias, in_loop, lstm_bias
+from hbp.backends._numba.arrays import empty, gru_bias, in_loop, lstm_bias
 from hbp.backends._numba.compile import Threads, as_numpy, own_threads
 from hbp.cells import GRUParameters, LSTMParameters
 from hbp.cells._common import matmul
@@ -29,10 +29,10 @@ def gru_forward(
     threads, (length, batch, _), size = threads or own_threads(), x.shape, h0.shape[-1]
     a, h, q = (
         matmul(x, params.weight_ih.T),
-        _empty(h0, (length, batch, size)),
-        _empty(h0, (length if keep else 1, batch, size)),
+        empty(h0, (length, batch, size)),
+        empty(h0, (length if keep else 1, batch, size)),
     )
-    rec = _empty(h0, (batch, 3 * size))
+    rec = empty(h0, (batch, 3 * size))
     dtype, compiled = as_numpy(a).dtype, in_loop("gru forward", backend, batch, size)
     arrays = map(as_numpy, (a, q, h, np.array(as_numpy(h0), order="C"), rec))
     run = partial(loops.gru_run(dtype), *arrays, _weight(params, compiled), gru_bias(params, dtype), int(keep))
@@ -55,7 +55,7 @@ def lstm_forward(
     """All states h and c, (T, B, H), and the gates i, f, g, o, (T, B, 4H)."""
     threads, (length, batch, _), (h0, c0) = threads or own_threads(), x.shape, initial
     size = h0.shape[-1]
-    a, h, c = matmul(x, params.weight_ih.T), _empty(h0, (length, batch, size)), _empty(h0, (length, batch, size))
+    a, h, c = matmul(x, params.weight_ih.T), empty(h0, (length, batch, size)), empty(h0, (length, batch, size))
     dtype, compiled = as_numpy(a).dtype, in_loop("lstm forward", backend, batch, size)
     states = (np.array(as_numpy(state), order="C") for state in (h0, c0))
     arrays = (*map(as_numpy, (a, h, c)), *states, _weight(params, compiled), lstm_bias(params, dtype))

@@ -1,7 +1,11 @@
 """The loops of the GRU and the LSTM: forward, gates alone, and the way back from one state's cotangent to the last.
 
 All arrays hold the gates side by side on their last axis. The way back is exact where each step adds its product with
-the weights, a round of Highway-BP where what was pulled back before is added instead (`EXACT`, `ROUND`).
+the weights, a round of Highway-BP where what was pulled back before is added instead (`EXACT`, `ROUND`). In a round
+strong directions of the weights are part of the residual path: ``left``, (N, r), ``right``, (r, H), with ``low``,
+(T, B, r), the last round's ``d left``, which what was pulled back holds as well; r = 0 where there are none. A round
+may also measure what it changes: from ``before``, the last round's cotangents of the states, it adds to ``sizes``,
+(B, 3), behind a factor, the sums of squares of change and whole times that factor; (0, 3) where nobody asks.
 
 Numba compiles these anew when this file has changed, not when `functions` or `tiles` alone has, whose code is compiled
 into them: who works on those deletes the cached code (``__pycache__/*.nb?``).
@@ -12,12 +16,39 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from hbp.backends._numba.compile import compiled, contiguous, index, reads, writes
+from hbp.backends._numba.compile import compiled, contiguous, doubles, index, reads, writes
 from hbp.backends._numba.functions import OPTIONS, logistic, tanh
 from hbp.backends._numba.tiles import add_product
 
 APART, EXACT, ROUND = 0, 1, 2
 """Where the product with the weights comes from: it is added between calls, or here, or taken from the round before."""
+
+
+@numba.njit(**OPTIONS)
+def _add_directions(d, left, right, low, fresh, carry, start, stop):  # type: ignore[no-untyped-def]
+    """``carry += (d left - low) right``, with ``d left`` in the place of ``low``."""
+    fresh[start:stop] = 0
+    add_product(d, left, fresh, start, stop)
+    for b in range(start, stop):
+        for j in range(left.shape[1]):
+            new = fresh[b, j]
+            fresh[b, j] = new - low[b, j]
+            low[b, j] = new
+    add_product(fresh, right, carry, start, stop)
+
+
+@numba.njit(forceinline=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+def _measure(carry, entering, before, sizes):  # type: ignore[no-untyped-def]
+    """Add one state's part to the sums, of numbers that neither overflow nor vanish squared."""
+    factor, change, whole = sizes[0], 0.0, 0.0
+    for i in range(carry.shape[0]):
+        g = carry[i] + entering[i]
+        new, old = factor * g, factor * before[i]
+        change += (new - old) * (new - old)
+        whole += new * new
+        before[i] = g
+    sizes[1] += change
+    sizes[2] += whole
 
 
 @numba.njit(**OPTIONS)
@@ -73,8 +104,22 @@ def gru_run(
                 new[i] = n + gates[size + i] * (old[i] - n)
 
 
+LOW = contiguous(2), contiguous(2), writes(3), writes(2)
+"""``left, right, low`` and as much room as for one step of the latter."""
+
+
 @compiled(
-    *[contiguous(3)] * 2, reads(2), *[reads(3)] * 2, contiguous(3), writes(2), writes(3), contiguous(2), *[index] * 5
+    *[contiguous(3)] * 2,
+    reads(2),
+    *[reads(3)] * 2,
+    contiguous(3),
+    writes(2),
+    writes(3),
+    contiguous(2),
+    *LOW,
+    writes(3),
+    doubles,
+    *[index] * 5,
 )
 def gru_steps(
     gates: np.ndarray,
@@ -86,6 +131,12 @@ def gru_steps(
     carry: np.ndarray,
     d: np.ndarray,
     weight: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    low: np.ndarray,
+    fresh: np.ndarray,
+    before: np.ndarray,
+    sizes: np.ndarray,
     product: int,
     first: int,
     last: int,
@@ -100,8 +151,10 @@ def gru_steps(
     one = gates.dtype.type(1)
     for t in range(last - 1, first - 1, -1):
         for b in range(start, stop):
-            before = h[t - 1, b] if t else h0[b]
+            old = h[t - 1, b] if t else h0[b]
             entering, g = dh[t, b], carry[b]
+            if len(sizes):
+                _measure(g, entering, before[t, b], sizes[b])
             r, z, n = gates[t, b, :size], gates[t, b, size : 2 * size], gates[t, b, 2 * size :]
             own, candidate = d[t, b], q[t, b]
             for i in range(size):
@@ -111,7 +164,7 @@ def gru_steps(
                 g[i] = z[i] * gi
                 own[i] = dn
                 own[size + i] = dq * candidate[i] * (one - r[i])
-                own[2 * size + i] = gi * (before[i] - n[i]) * z[i] * (one - z[i])
+                own[2 * size + i] = gi * (old[i] - n[i]) * z[i] * (one - z[i])
                 own[3 * size + i] = dq
         if product == EXACT:
             add_product(d[t, :, size:], weight, carry, start, stop)
@@ -119,6 +172,8 @@ def gru_steps(
             for b in range(start, stop):
                 for i in range(size):
                     carry[b, i] += pulled[t, b, i]
+        if left.shape[1]:
+            _add_directions(d[t, :, size:], left, right, low[t], fresh, carry, start, stop)
 
 
 @numba.njit(**OPTIONS)
@@ -184,7 +239,17 @@ def lstm_run(
 
 
 @compiled(
-    contiguous(3), reads(2), *[reads(3)] * 3, contiguous(3), *[writes(2)] * 2, writes(3), contiguous(2), *[index] * 5
+    contiguous(3),
+    reads(2),
+    *[reads(3)] * 3,
+    contiguous(3),
+    *[writes(2)] * 2,
+    writes(3),
+    contiguous(2),
+    *LOW,
+    writes(3),
+    doubles,
+    *[index] * 5,
 )
 def lstm_steps(
     gates: np.ndarray,
@@ -197,6 +262,12 @@ def lstm_steps(
     carry_c: np.ndarray,
     d: np.ndarray,
     weight: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    low: np.ndarray,
+    fresh: np.ndarray,
+    before: np.ndarray,
+    sizes: np.ndarray,
     product: int,
     first: int,
     last: int,
@@ -208,8 +279,11 @@ def lstm_steps(
     one = gates.dtype.type(1)
     for t in range(last - 1, first - 1, -1):
         for b in range(start, stop):
-            before, now = c[t - 1, b] if t else c0[b], c[t, b]
+            old, now = c[t - 1, b] if t else c0[b], c[t, b]
             entering_h, entering_c, g_h, g_c, own = dh[t, b], dc[t, b], carry_h[b], carry_c[b], d[t, b]
+            if len(sizes):
+                _measure(g_h, entering_h, before[t, b, :size], sizes[b])
+                _measure(g_c, entering_c, before[t, b, size:], sizes[b])
             i, f = gates[t, b, :size], gates[t, b, size : 2 * size]
             g, o = gates[t, b, 2 * size : 3 * size], gates[t, b, 3 * size :]
             for n in range(size):
@@ -217,7 +291,7 @@ def lstm_steps(
                 gh = g_h[n] + entering_h[n]
                 gc = g_c[n] + entering_c[n] + gh * o[n] * (one - exposed * exposed)
                 own[n] = gc * g[n] * i[n] * (one - i[n])
-                own[size + n] = gc * before[n] * f[n] * (one - f[n])
+                own[size + n] = gc * old[n] * f[n] * (one - f[n])
                 own[2 * size + n] = gc * i[n] * (one - g[n] * g[n])
                 own[3 * size + n] = gh * exposed * o[n] * (one - o[n])
                 g_c[n] = f[n] * gc
@@ -228,3 +302,5 @@ def lstm_steps(
             for b in range(start, stop):
                 for n in range(size):
                     carry_h[b, n] = pulled[t, b, n]
+        if left.shape[1]:
+            _add_directions(d[t], left, right, low[t], fresh, carry_h, start, stop)
