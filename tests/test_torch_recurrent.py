@@ -87,7 +87,8 @@ def test_values_are_the_vendors_and_exact_gradients_agree(kind, shape, forward, 
         wrap = lambda x: pack(x, LENGTHS, batch_first=first, enforce_sorted=False)  # noqa: E731
     vendor, ours = pair(kind, own=own, **options)
     expected_values, expected = values_and_gradients(vendor, x, states, wrap)
-    for k, chunk in ((None, 1), (T, 1), (3, 3)):
+    settings = [(None, 1, 0), (T, 1, 0), (3, 3, 0), (0, 1, H), (T, 1, 2), (3, 3, 1), (None, 1, 2)]
+    for k, chunk, ours.rank in settings:
         ours.iterations, ours.chunk = k, chunk
         values, gradients = values_and_gradients(ours, x, states, wrap)
         (equal if forward == "vendor" else lambda *both: close(*both, 1e-14))(values, expected_values)
@@ -109,6 +110,141 @@ def test_iterates_are_those_of_the_cells(kind, k, chunk, residual):
     _, pullback = cell(weights, x.detach().numpy(), (zeros, zeros) if kind == "LSTM" else zeros)
     dparams, dx, _ = pullback((dy, None) if kind == "LSTM" else dy, k, chunk, residual)
     close(found, [torch.from_numpy(np.asarray(d)) for d in (*dparams, dx)], 1e-12)
+
+
+def strongest(weight: Any, rank: int) -> Any:
+    """The leading directions of a weight, by NumPy's decomposition."""
+    weight = weight.detach().numpy()
+    rows = np.linalg.svd(weight)[2][:rank]
+    return hbp.Directions(weight @ rows.T, rows, rank)
+
+
+def by_cells(kind: str, layer: Any, x: Any, dy: Any, rank: Any, **options: Any) -> Any:
+    """The gradients of a layer's parameters by NumPy's cell."""
+    cell, parameters = (getattr(hbp.cells, name) for name in (kind.lower(), f"{kind}Parameters"))
+    zeros, dy = np.zeros((B, H)), dy.numpy()
+    weights = parameters(*(p.detach().numpy() for p in layer.parameters()))
+    _, pullback = cell(weights, x.numpy(), (zeros, zeros) if kind == "LSTM" else zeros)
+    found = pullback((dy, None) if kind == "LSTM" else dy, rank=rank, **options)[0]
+    return [torch.from_numpy(np.asarray(d)) for d in found]
+
+
+@pytest.mark.parametrize(("k", "chunk"), [(0, 1), (1, 1), (2, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_directions_are_those_of_the_weights_at_each_backward(kind, k, chunk):
+    layer = opened(pair(kind, own={"iterations": k, "chunk": chunk, "rank": 2})[1])
+    x, dy = torch.randn(T, B, I, dtype=torch.float64), torch.randn(T, B, H, dtype=torch.float64)
+    assert layer.directions == [None]
+    y = layer(x)[0]
+    assert layer.directions == [None]  # the forward takes none
+    found = torch.autograd.grad(y, list(layer.parameters()), dy, retain_graph=True)
+    first = strongest(layer.weight_hh_l0, 2)
+    close(found, by_cells(kind, layer, x, dy, first, iterations=k, chunk=chunk), 1e-12)
+    close(torch.autograd.grad(y, list(layer.parameters()), dy), found, 1e-12)
+    drift = 0.2 * torch.randn(len(layer.weight_hh_l0), 2, dtype=torch.float64) @ torch.randn(2, H, dtype=torch.float64)
+    for _ in range(30):
+        with torch.no_grad():
+            layer.weight_hh_l0.add_(drift)
+        found = torch.autograd.grad(layer(x)[0], list(layer.parameters()), dy)
+    (taken,) = layer.directions
+    weight, right = layer.weight_hh_l0.detach(), taken.right
+    close([taken.left, right @ right.T], [weight @ right.T, torch.eye(2, dtype=torch.float64)], 1e-12)
+    close(found, by_cells(kind, layer, x, dy, hbp.Directions(*(f.numpy() for f in taken.taken), 2),
+                          iterations=k, chunk=chunk), 1e-12)  # fmt: skip
+    now = strongest(layer.weight_hh_l0, 2).right  # followed from step to step, not those of the start
+    distances = [np.linalg.norm(rows.T @ rows - now.T @ now) for rows in (right.numpy(), first.right)]
+    assert distances[0] < 0.3 * distances[1]
+
+
+def test_each_direction_of_each_layer_follows_its_own_weight():
+    _, layer = pair("LSTM", own={"iterations": 1, "rank": 3}, num_layers=2, bidirectional=True)
+    assert "rank=3" in repr(layer)
+    weights = [p for name, p in layer.named_parameters() if name.startswith("weight_hh")]
+    x = torch.randn(T, B, I, dtype=torch.float64)
+
+    def check(tolerance: float) -> None:
+        layer(x.to(weights[0].dtype))[0].sum().backward()
+        for weight, taken in zip(weights, layer.directions, strict=True):
+            own = strongest(weight.double(), layer.rank)
+            close([(taken.left @ taken.right).double()], [torch.from_numpy(own.left @ own.right)], tolerance)
+
+    check(1e-12)
+    with torch.no_grad():
+        weights[0].fill_(torch.nan)
+    layer(x)[0].sum().backward()
+    with torch.no_grad():
+        weights[0].copy_(weights[1])
+    check(1e-12)  # nothing of the lost step is left
+    layer.float(), layer.zero_grad()
+    check(1e-5)
+    layer.rank = 2
+    check(1e-5)
+    layer.rank = 0
+    assert layer.directions == []
+    assert "rank" not in repr(layer)
+
+
+def test_copies_and_pickles_find_directions_of_their_own():
+    _, layer = pair("GRU", own={"iterations": 1, "rank": 2})
+    x, stored = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True), io.BytesIO()
+    before = set(layer.state_dict())
+    expected = values_and_gradients(layer, x)[1]
+    assert set(layer.state_dict()) == before
+    torch.save(layer, stored)
+    stored.seek(0)
+    for same in (copy.deepcopy(layer), torch.load(stored, weights_only=False)):
+        assert (same.rank, same.directions) == (2, [None])
+        own = layer.directions[0]
+        close(values_and_gradients(same, x)[1], expected, 1e-12)
+        assert layer.directions[0] is own
+        assert same.directions[0] is not None
+    y = torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], x, use_reentrant=False)
+    plain, dy = layer(x)[0], torch.randn_like(y)
+    close(torch.autograd.grad(y, x, dy), torch.autograd.grad(plain, x, dy), 1e-12)
+
+
+def test_automatic_directions_tell_how_many_they_are(caplog):
+    torch.manual_seed(0)
+    layer = hb.GRU(I, 32, iterations=hbp.Schedule({0: 0, 1: 0, 2: None}), rank="auto").double()
+    strong = torch.linalg.qr(torch.randn(96, 2, dtype=torch.float64))[0] @ torch.randn(2, 32, dtype=torch.float64)
+    x, taken = torch.randn(T, B, I, dtype=torch.float64), []
+    with caplog.at_level("INFO", "hbp"):
+        for strength in (0, 1, 1):
+            with torch.no_grad():
+                layer.weight_hh_l0.add_(strength * strong)
+            layer(x)[0].sum().backward()
+            taken.append(layer.directions[0].rank)
+            hb.step(layer)
+    assert taken == [0, 2, 2]  # the last step is exact, and takes none anew
+    told = [record.message for record in caplog.records if "rank=" in record.message]
+    assert told == [f"rank='auto' takes {n} directions of weight_hh_l0, of 32" for n in (0, 2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tolerance_needs_fewer_rounds_with_directions(kind):
+    layer = opened(pair(kind, own={"tolerance": 1e-6})[1])
+    x, dy = torch.randn(T, B, I, dtype=torch.float64), torch.randn(T, B, H, dtype=torch.float64)
+    layer.reports = []
+    for layer.rank in (0, H - 1, H):
+        found = torch.autograd.grad(layer(x)[0], list(layer.parameters()), dy)
+    rounds = [len(report.increments) for report in layer.reports]
+    assert rounds[0] > rounds[1] > rounds[2]
+    layer.solver = hbp.Solver()
+    close(found, torch.autograd.grad(layer(x)[0], list(layer.parameters()), dy), 1e-5)
+
+
+def test_rank_is_checked_when_it_is_set():
+    layer = hb.GRU(I, H, iterations=1, rank=np.int64(2))
+    with pytest.raises(ValueError, match="rank=8 is more than hidden_size=5"):
+        layer.rank = 8
+    assert layer.rank == 2
+    layer.residual = hbp.Zero()
+    with pytest.raises(ValueError, match="residual and rank are given"):
+        layer(torch.randn(T, B, I))
+    layer.rank = 0
+    layer(torch.randn(T, B, I))
+    with pytest.raises(ValueError, match="residual and rank are given"):
+        layer.rank = "auto"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,6 +368,10 @@ def test_autocast(kind):
     for ours.iterations in range(3):  # no other iterate would have passed; parameters' gradients are exact at 3
         with pytest.raises(AssertionError):
             close(values_and_gradients(ours, x)[1], expected, 9e-2)
+    ours.iterations, ours.rank = 0, H
+    with torch.autocast("cpu", torch.bfloat16):
+        close(values_and_gradients(ours, x)[1], expected, 3e-2)
+    assert ours.directions[0].right.dtype == torch.float32  # the weights'
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -273,7 +413,7 @@ def test_copies_pickles_and_checkpoints(kind):
         assert (same.iterations, same.chunk) == (2, 3)
         equal(values_and_gradients(same, x)[1], expected)
     older = copy.deepcopy(ours)
-    for name in ("compiled", "keep"):  # options that came later than what was stored
+    for name in ("compiled", "keep", "_rank", "_followed"):  # options that came later than what was stored
         del older.__dict__[name]
     equal(values_and_gradients(older, x)[1], expected)
     ours.residual = None
@@ -401,12 +541,14 @@ def test_schedules_advance_by_steps():
 def test_compiled_models_break_their_graph_at_the_layer(forward):
     _, ours = pair("GRU", own={"iterations": 2, "compiled": forward})
     x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
-    expected = values_and_gradients(ours, x)[1]
     compiled = torch.compile(ours, backend="eager")
-    y, h = compiled(x)
-    torch.manual_seed(2)
-    loss = sum((output * torch.randn_like(output)).sum() for output in (y, h))
-    equal(torch.autograd.grad(loss, [*ours.parameters(), x]), expected)
+    for ours.rank in (0, 2):
+        expected = values_and_gradients(ours, x)[1]
+        y, h = compiled(x)
+        torch.manual_seed(2)
+        loss = sum((output * torch.randn_like(output)).sum() for output in (y, h))
+        found = torch.autograd.grad(loss, [*ours.parameters(), x])
+        equal(found, expected) if not ours.rank else close(found, expected, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -418,6 +560,12 @@ def test_compiled_models_break_their_graph_at_the_layer(forward):
         ({"chunk": 0}, ValueError, "chunk=0 is too small"),
         ({"exact": "fast"}, ValueError, "exact='fast'; give 'adjoint', 'library'"),
         ({"residual": "zero"}, TypeError, "residual is a str; give an operator"),
+        ({"rank": -1}, ValueError, "rank=-1 is too small"),
+        ({"rank": 1.5}, TypeError, "rank=1.5 is a float"),
+        ({"rank": "all"}, ValueError, "rank='all'; give a number of directions, 'auto'"),
+        ({"rank": H + 1}, ValueError, "rank=6 is more than hidden_size=5; give at most that"),
+        ({"rank": hbp.directions(np.ones((4 * H, H)), 1)}, TypeError, "rank is a Directions; a layer follows its own"),
+        ({"rank": 1, "residual": hbp.Zero()}, ValueError, "residual and rank are given"),
     ],
 )
 def test_bad_options(options, error, message):

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from hbp.backends.torch.autograd import autocast_of, refuse_second_derivatives, without_autocast, write_counter
 from hbp.backends.torch.recurrent.adjoint import BACKEND
+from hbp.backends.torch.recurrent.following import Followed
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback, gru, lstm
 from hbp.cells._common import Keep
 from hbp.core.operator import LinearOperator
@@ -94,6 +95,8 @@ class Options:
     forward: Vendor | Compiled
     solver: Solver
     residual: LinearOperator | None
+    followed: tuple[Followed, ...] = ()
+    """The strong directions that the residual path takes, of each direction in time, where it does."""
 
 
 class RecurrentLayer(torch.autograd.Function):
@@ -133,7 +136,7 @@ class RecurrentLayer(torch.autograd.Function):
             with without_autocast(dy.device.type):  # the dtype was chosen above
                 seen = _seen(d, sequences, dfinals, lengths)
                 part = kept[d * len(kept) // directions : (d + 1) * len(kept) // directions]
-                found, back, first = _pull(ctx.options, own, initial, *seen, part, ctx.needs_input_grad[2])
+                found, back, first = _pull(ctx.options, d, own, initial, *seen, part, ctx.needs_input_grad[2])
             if back is not None:
                 back = _turned(back, d, lengths)
                 dx = back if dx is None else dx + back
@@ -143,6 +146,12 @@ class RecurrentLayer(torch.autograd.Function):
             dx = pack_padded_sequence(dx, lengths).data
         gradients = [dx, *map(torch.stack, zip(*dstates, strict=True)), *dweights]
         return (None, None, *(d if d is None else d.to(like.dtype) for d, like in zip(gradients, given, strict=True)))
+
+
+def without_gradient(options: Options, batch_sizes: Tensor | None, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`RecurrentLayer` without its way back."""
+    count = 2 if options.forward.lstm else 1
+    return options.forward(x, batch_sizes, tensors[:count], tensors[count:])[: 1 + count]
 
 
 def _seen(
@@ -162,6 +171,7 @@ def _seen(
 
 def _pull(
     options: Options,
+    d: int,
     weights: list[Tensor],
     states: list[Tensor],
     x: Tensor,
@@ -170,7 +180,7 @@ def _pull(
     kept: Sequence[Tensor],
     with_inputs: bool,
 ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
-    """One direction by its cell's pullback: gradients of the weights, perhaps the inputs, and the initial states."""
+    """Direction d by its cell's pullback: gradients of the weights, perhaps the inputs, and the initial states."""
     pullback: Any
     if options.forward.lstm:
         c, gates = kept or (None, None)
@@ -179,8 +189,10 @@ def _pull(
     else:
         pullback = GRUPullback(GRUParameters(*weights), x, states[0], h, BACKEND, tuple(kept) or None)
         given = cotangents[0]
-    residual = None if options.solver.exact else options.residual  # exact under any split
-    dparams, dx, initial = pullback(given, residual=residual, solver=options.solver, with_inputs=with_inputs)
+    split: dict[str, Any] = {}
+    if not options.solver.exact:  # which is exact under any split
+        split = {"rank": options.followed[d](weights[1])} if options.followed else {"residual": options.residual}
+    dparams, dx, initial = pullback(given, solver=options.solver, with_inputs=with_inputs, **split)
     return [d for d in dparams if d is not None], dx, initial if options.forward.lstm else (initial,)
 
 

@@ -7,8 +7,8 @@ them, the gates; else these are computed again, for all steps at once, and the L
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,20 +18,14 @@ from hbp.backends.torch.autograd import opaque, refuse_transforms, transformed
 from hbp.backends.torch.options import Scheduled
 from hbp.backends.torch.recurrent.adjoint import BACKEND
 from hbp.backends.torch.recurrent.choice import Exact, Path, choose
-from hbp.backends.torch.recurrent.layer import Compiled, Options, RecurrentLayer, Vendor
+from hbp.backends.torch.recurrent.following import Followed, check
+from hbp.backends.torch.recurrent.inputs import Sequence, checked, reordered, unbatched
+from hbp.backends.torch.recurrent.layer import Compiled, Options, RecurrentLayer, Vendor, without_gradient
 from hbp.cells._common import Keep, check_keep
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """A batch of sequences as the vendor's kernels take it: (T, B, I), or packed data with its batch sizes."""
-
-    data: Tensor
-    batch_sizes: Tensor | None
-    batch: int
+from hbp.directions import Directions, Rank
 
 
 class _Recurrent(Scheduled, torch.nn.RNNBase):
@@ -39,6 +33,9 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
 
     compiled: bool | None = False  # here for layers that were stored before there were these options
     keep: Keep = "gates"
+    _rank: Rank = 0
+    _followed: tuple[Followed, ...] = ()
+    """Of each direction of each layer, where there is a rank."""
 
     def __init__(
         self,
@@ -51,6 +48,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         exact: Exact | None = None,
         compiled: bool | None = None,
         keep: Keep = "gates",
+        rank: int | Literal["auto"] = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -60,6 +58,23 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         self.residual = residual
         self.exact, self.compiled, self.keep = exact, compiled, keep
         self.options()
+        self.rank = rank
+
+    @property
+    def rank(self) -> Rank:
+        """How many strong directions of the recurrent weights the residual path takes; setting it checks it."""
+        return self._rank
+
+    @rank.setter
+    def rank(self, rank: Any) -> None:
+        self._rank = check(rank, self.hidden_size, self.residual)
+        names = [name for name in self._flat_weights_names if name.startswith("weight_hh")]
+        self._followed = tuple(Followed(self._rank, name) for name in names) if self._rank else ()
+
+    @property
+    def directions(self) -> list[Directions | None]:
+        """What the last backward pass took, of each direction of each layer: None before, and nothing at rank 0."""
+        return [followed.latest for followed in self._followed]
 
     def options(self) -> Options:
         """The checked options of the next backward pass, the schedule's value for this training step among them.
@@ -77,6 +92,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         check_keep(self.keep)
         if self.residual is not None and not isinstance(self.residual, LinearOperator):
             raise TypeError(f"residual is a {type(self.residual).__name__}; give an operator, as hbp.Zero(), or None")
+        check(self.rank, self.hidden_size, self.residual)
         forward = Vendor(self.mode == "LSTM", self.bias, self.training, self.bidirectional)
         return Options(forward, self.current(), self.residual)
 
@@ -90,7 +106,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         >>> GRU(8, 8, iterations=3, compiled=False).path(torch.randn(5, 1, 8))
         Path(forward='library', backward='rounds', why='pinned')
         """
-        data, _ = self._checked(input, None)
+        data, _ = checked(self.mode, input, None, self._flat_weights[0])
         return self._path(input, data, self.options().solver.exact, (data, *self._flat_weights))
 
     def _path(self, input: Any, data: Tensor, is_exact: bool, tensors: tuple[Tensor, ...]) -> Path:  # noqa: A002
@@ -111,6 +127,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
     def extra_repr(self) -> str:
         own = f", solver={self.solver}"
         own += "" if self.residual is None else f", residual={self.residual}"
+        own += f", rank={self.rank!r}" if self.rank else ""
         own += "" if self.exact is None else f", exact={self.exact!r}"
         own += "" if self.compiled is None else f", compiled={self.compiled}"
         own += "" if self.keep == "gates" else f", keep={self.keep!r}"
@@ -119,7 +136,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
     def forward(self, input: Any, hx: Any = None) -> Any:  # noqa: A002 - the vendor's name
         options = self.options()
         self._update_flat_weights()  # as torch's forward does: others may have put new tensors in place of the weights
-        data, given = self._checked(input, hx)
+        data, given = checked(self.mode, input, hx, self._flat_weights[0])
         if not options.solver.exact:
             refuse_transforms()
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *given, *self._flat_weights))
@@ -132,51 +149,29 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
             options = replace(options, forward=Compiled(self.mode == "LSTM", self.bidirectional, kept))
         return self._highway(input, hx, given, options)
 
-    def _checked(self, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]]:  # noqa: A002
-        """The input's data and the initial states given, or none.
-
-        Raises:
-            TypeError, ValueError: they are no tensors, as many as belong there, or not of one dtype.
-        """
-        data = input.data if isinstance(input, PackedSequence) else input
-        if not isinstance(data, Tensor):
-            raise TypeError(f"the input is a {type(input).__name__}; give a torch.Tensor or a PackedSequence")
-        given = () if hx is None else tuple(hx) if self.mode == "LSTM" and isinstance(hx, tuple | list) else (hx,)
-        count = 2 if self.mode == "LSTM" else 1
-        if given and (len(given) != count or not all(isinstance(state, Tensor) for state in given)):
-            wanted = "two tensors, (h, c)," if count == 2 else "one tensor"
-            raise TypeError(f"hx is a {type(hx).__name__}; give {wanted} of shape (layers x directions, B, H), or None")
-        for name, tensor in (("the weights", self._flat_weights[0]), *(("an initial state", state) for state in given)):
-            if tensor.dtype != data.dtype and not torch.is_autocast_enabled(data.device.type):
-                raise ValueError(f"the input is {data.dtype} and {name} {tensor.dtype}; cast one")
-        return data, given
-
     @opaque  # one break of a compiled graph
     def _highway(self, input: Any, hx: Any, given: tuple[Tensor, ...], options: Options) -> Any:  # noqa: A002
         if transformed():  # by what the compiler hid
             return self.forward(input, hx)
         if isinstance(input, PackedSequence):
             order, back = input.sorted_indices, input.unsorted_indices
-            sequence = _Sequence(input.data, input.batch_sizes, int(input.batch_sizes[0]))
+            sequence = Sequence(input.data, input.batch_sizes, int(input.batch_sizes[0]))
             y, finals = self._layers(sequence, self._initial(sequence, given, order), options)
             return PackedSequence(y, input.batch_sizes, order, back), self._finals(finals, back)
         if input.dim() not in (2, 3):
             raise ValueError(f"the input has {input.dim()} dimensions; expected 2 (one sequence) or 3 (a batch)")
         batched = input.dim() == 3
         if not batched:
-            for state in given:
-                if state.dim() != 2:
-                    raise RuntimeError(f"for one sequence the initial state has 2 dimensions, not {state.dim()}")
-            input, given = input[:, None], tuple(state[:, None] for state in given)  # noqa: A001
+            input, given = unbatched(input, given)  # noqa: A001
         elif self.batch_first:
             input = input.transpose(0, 1)  # noqa: A001
-        sequence = _Sequence(input, None, input.shape[1])
+        sequence = Sequence(input, None, input.shape[1])
         y, finals = self._layers(sequence, self._initial(sequence, given, None), options)
         if not batched:
             return y[:, 0], self._finals(tuple(state[:, 0] for state in finals), None)
         return y.transpose(0, 1) if self.batch_first else y, self._finals(finals, None)
 
-    def _initial(self, x: _Sequence, given: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
+    def _initial(self, x: Sequence, given: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
         """The initial states, (layers x directions, B, H) each, in the order of the batch, checked."""
         if x.data.shape[-1] != self.input_size:
             raise RuntimeError(f"the input has {x.data.shape[-1]} features, expected input_size={self.input_size}")
@@ -187,14 +182,14 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         for state in given:
             if tuple(state.shape) != shape:
                 raise RuntimeError(f"an initial state has shape {tuple(state.shape)}, expected {shape}")
-        return tuple(state if order is None else state.index_select(1, order) for state in given)
+        return reordered(given, order)
 
     def _finals(self, finals: tuple[Tensor, ...], order: Tensor | None) -> Any:
-        ordered = tuple(state if order is None else state.index_select(1, order) for state in finals)
+        ordered = reordered(finals, order)
         return ordered if self.mode == "LSTM" else ordered[0]
 
     def _layers(
-        self, sequence: _Sequence, states: tuple[Tensor, ...], options: Options
+        self, sequence: Sequence, states: tuple[Tensor, ...], options: Options
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All layers, with dropout between them: the outputs and the final states."""
         x, directions = sequence.data, 2 if self.bidirectional else 1
@@ -205,16 +200,11 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
                 x = torch.nn.functional.dropout(x, self.dropout, self.training)
             weights = self._flat_weights[layer * count : (layer + 1) * count]
             own = tuple(state[layer * directions : (layer + 1) * directions] for state in states)
-            run = RecurrentLayer.apply if torch.is_grad_enabled() else _without_gradient
-            x, *final = run(options, sequence.batch_sizes, x, *own, *weights)
+            run = RecurrentLayer.apply if torch.is_grad_enabled() else without_gradient
+            followed = self._followed[layer * directions : (layer + 1) * directions]
+            x, *final = run(replace(options, followed=followed), sequence.batch_sizes, x, *own, *weights)
             finals.append(final)
         return x, tuple(torch.cat(state) for state in zip(*finals, strict=True))
-
-
-def _without_gradient(options: Options, batch_sizes: Tensor | None, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """`RecurrentLayer` without its way back."""
-    count = 2 if options.forward.lstm else 1
-    return options.forward(x, batch_sizes, tensors[:count], tensors[count:])[: 1 + count]
 
 
 class GRU(_Recurrent, torch.nn.GRU):
@@ -227,6 +217,11 @@ class GRU(_Recurrent, torch.nn.GRU):
         tolerance: stop when the last increment is at most this fraction of the gradient; ``iterations`` is the cap.
         solver: these three in one `hbp.Solver`, instead; all are attributes afterwards.
         residual: another residual path than the update gate's, as ``hbp.Zero()`` for the fixed point.
+        rank: how many strong directions of each layer's recurrent weights the residual path takes beside the gate's
+            diagonal (`hbp.directions`): a number, or "auto" for those above the flat edge of their spectrum, a change
+            of which the log "hbp" tells at INFO. Each backward pass takes them from the weights as they are, by a step
+            of subspace iteration (two products with the weight's 3 H x H, or 4 H x H, by the rank) from those before,
+            the first by a singular value decomposition. ``directions`` lists them. Exact backprop ignores them.
         exact: pins what None means: "adjoint" (this library's, without a graph) or "library" (torch's own).
         compiled: pins whether the forward on a CPU is this library's, compiled by Numba, in training and evaluation:
             off torch's by rounding (at initial weights less than 1e-6 in float32, 1e-14 in float64); False is torch's,
