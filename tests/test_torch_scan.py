@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles import chunked_path_sum
 
 import hbp
 
@@ -49,6 +50,20 @@ class Cast(Minimal):
         return gate.to(h.dtype), update.to(h.dtype)
 
 
+class Own(torch.nn.Module):
+    """A cell of no known kind: its gate reads h by one weight, its update by another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = torch.nn.Linear(H + I, H).double()
+        self.inner = torch.nn.Linear(H, 6, bias=False).double()
+        self.outer = torch.nn.Linear(6, H).double()
+
+    def forward(self, h: Any, x: Any) -> Any:
+        return torch.sigmoid(self.gate(torch.cat([h, x], -1))), torch.tanh(self.outer(torch.sin(3 * self.inner(h))))
+
+
 def problem(cell: Any) -> tuple[Any, Any, list[Any]]:
     torch.manual_seed(4)
     h0 = torch.randn(B, H, dtype=torch.float64, requires_grad=True)
@@ -86,6 +101,115 @@ def test_iterates_are_those_of_the_gru(k, chunk):
     loss = (h * torch.randn_like(h)).sum() + (last[0] * torch.randn_like(last[0])).sum()
     close(found, torch.autograd.grad(loss, [h0, xs, *parameters]))
     assert not torch.allclose(found[0], gradients(cell)[0], rtol=1e-6)
+
+
+def explicit(cell: Any, rank: int, k: int, chunk: int, weights: Any) -> list[Any]:
+    """The gradients by path sums of explicit Jacobians, R = diag(gate) + B V^T V with the rows V by NumPy."""
+    h0, xs, parameters = problem(cell)
+    h, last = hb.scan(cell, h0, xs)
+    torch.manual_seed(5)
+    given = torch.randn_like(h)
+    given[-1] += torch.randn_like(last)
+    rows = torch.from_numpy(np.linalg.svd(weights.detach().numpy())[2][:rank])
+    before, step = (
+        torch.cat([h0[None], h[:-1]]).detach(),
+        lambda h, x: sum(a * b for a, b in zip(cell(h, x), (h, 1), strict=True)),
+    )
+    g = np.zeros((T + 1, B, H))
+    for b in range(B):
+        whole = torch.stack(
+            [
+                torch.autograd.functional.jacobian(lambda h, x=x[b]: step(h, x), h[b])
+                for h, x in zip(before, xs.detach(), strict=True)
+            ]
+        )
+        gates = torch.diag_embed(cell(before[:, b], xs.detach()[:, b])[0].detach())
+        residual = gates + (whole - gates) @ rows.T @ rows
+        c = np.concatenate([np.zeros((1, H)), given[:, b].numpy()])
+        g[:, b] = chunked_path_sum(residual.numpy(), (whole - residual).numpy(), c, k, chunk)
+    after = step(before, xs)
+    leaves = [xs, *parameters]
+    return [torch.from_numpy(g[0]), *torch.autograd.grad(after, leaves, torch.from_numpy(g[1:]))]
+
+
+@pytest.mark.parametrize(("k", "chunk"), [(0, 1), (1, 1), (2, 1), (0, 3), (1, 3)])
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize(("kind", "weight"), [(Own, "inner.weight"), (GRUCell, "gru.weight_hh_l0")])
+def test_iterates_with_directions_are_those_of_explicit_jacobians(kind, weight, rank, k, chunk):
+    cell = kind()
+    found = gradients(cell, iterations=k, chunk=chunk, rank=rank, weight=weight)
+    close(found, explicit(cell, rank, k, chunk, cell.get_parameter(weight)))
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_all_directions_are_exact_at_once_and_none_change_nothing(chunk):
+    own = {"weight": "inner.weight", "chunk": chunk}
+    close(gradients(Own(), iterations=0, rank=H, **own), gradients(Own()))
+    close(gradients(Own(), rank=2, **own), gradients(Own()))
+    close(gradients(Own(), tolerance=1e-14, rank=2, **own), gradients(Own()))
+    for found, expected in zip(
+        gradients(Own(), iterations=1, rank=0, **own), gradients(Own(), iterations=1, chunk=chunk), strict=True
+    ):
+        assert torch.equal(found, expected)
+    close(gradients(Minimal(), iterations=0), gradients(Minimal()))
+    still = Own()  # a block that does not read h has no directions
+    still.forward = lambda h, x: (
+        torch.sigmoid(still.gate(torch.cat([torch.zeros_like(h), x], -1))),
+        torch.ones_like(h),
+    )
+    close(gradients(still, iterations=0, rank=2, weight="inner.weight"), gradients(still))
+
+
+def test_directions_follow_the_weight_of_a_cell():
+    cell = GRUCell()
+    first = gradients(cell, iterations=0, rank=2, weight="gru.weight_hh_l0")
+    close(gradients(cell, iterations=0, rank=2, weight="gru.weight_hh_l0"), first)
+    with torch.no_grad():
+        cell.gru.weight_hh_l0.copy_(cell.gru.weight_hh_l0.flip(0, 1))
+    for _ in range(120):  # each a step of subspace iteration
+        found = gradients(cell, iterations=0, rank=2, weight="gru.weight_hh_l0")
+    close(found, explicit(cell, 2, 0, 1, cell.gru.weight_hh_l0))
+
+
+def test_directions_under_autocast():
+    class Half(Own):
+        def forward(self, h: Any, x: Any) -> Any:
+            return tuple(part.to(h.dtype) for part in super().forward(h, x))
+
+    cell = Half().float()
+    xs, own = torch.randn(T, B, I), {"weight": "inner.weight", "rank": H, "iterations": 0}
+    found = []
+    for options in ({}, own):
+        with torch.autocast("cpu", torch.bfloat16):
+            h, _ = hb.scan(cell, torch.zeros(B, H), xs, **options)
+            found.append(torch.autograd.grad(h.sum(), list(cell.parameters())))
+    for ours, exact in zip(found[1], found[0], strict=True):
+        assert (ours - exact).abs().max() <= 3e-2 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        (
+            Own,
+            {"rank": 2},
+            ValueError,
+            r"rank=2 is given without weight; give a parameter of shape \(N, 4\).*: inner.weight",
+        ),
+        (Own, {"rank": 2, "weight": "inner"}, ValueError, "weight='inner' names no parameter of this Own"),
+        (Own, {"rank": 0, "weight": "inner"}, ValueError, "weight='inner' names no parameter"),
+        (Own, {"rank": 2, "weight": "gate.weight"}, ValueError, r"has shape \(4, 6\), rank is 2; give a parameter"),
+        (Own, {"rank": 2, "weight": "gate.bias"}, ValueError, r"has shape \(4,\)"),
+        (Own, {"rank": 5, "weight": "inner.weight"}, ValueError, "rank=5 is more than hidden_size=4"),
+        (Own, {"rank": -1, "weight": "inner.weight"}, ValueError, "rank=-1 is too small"),
+        (lambda: lambda h, x: (h, h), {"rank": 2, "weight": "w"}, TypeError, "give a torch.nn.Module, and weight="),
+    ],
+)
+def test_bad_directions(kind, options, error, message):
+    h0, xs, _ = problem(Own())
+    for k in (None, 1):
+        with pytest.raises(error, match=message):
+            hb.scan(kind(), h0, xs, iterations=k, **options)
 
 
 @pytest.mark.parametrize("chunk", [1, 3])

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hbp.backends.torch.recurrent.adjoint import BACKEND
 from hbp.core.backend import check_count
 from hbp.directions import Directions, Rank, check_rank, directions
 
 LOG = logging.getLogger("hbp")
+
+_FOLLOWED = WeakTensorKeyDictionary()
+"""Of parameters of users' own cells, which have no place for it: by the parameter, then rank and name."""
 
 
 class Followed:
@@ -56,6 +60,33 @@ def check(rank: Any, hidden: int, residual: Any) -> Rank:
     if checked != 0 and residual is not None:
         raise ValueError("residual and rank are given; directions go with the layer's own path, give one of them")
     return checked
+
+
+def followed(cell: Any, rank: Any, name: str | None, h0: Tensor) -> Followed | None:
+    """What follows a parameter of a cell, the same as long as the parameter lives; None where no direction is taken.
+
+    Raises:
+        TypeError, ValueError: no rank, a rank without a parameter, or one whose shape is not (N, H), N at least rank.
+    """
+    rank = check(rank, h0.shape[-1] if h0.dim() else 0, None)
+    if name is None and rank == 0:
+        return None
+    if not isinstance(cell, nn.Module):
+        raise TypeError(f"the cell is a {type(cell).__name__}; to take directions give a torch.nn.Module, and weight=")
+    named = dict(cell.named_parameters())
+    fitting = [own for own, p in named.items() if p.dim() == 2 and p.shape[1] == h0.shape[-1]]
+    cure = f"give a parameter of shape (N, {h0.shape[-1]}) that h enters by: {', '.join(fitting) or 'it has none'}"
+    if name is None:
+        raise ValueError(f"rank={rank!r} is given without weight; {cure}")
+    if name not in named:
+        raise ValueError(f"weight={name!r} names no parameter of this {type(cell).__name__}; {cure}")
+    shape = tuple(named[name].shape)
+    if name not in fitting or (rank != "auto" and rank > shape[0]):
+        raise ValueError(f"weight={name!r} has shape {shape}, rank is {rank!r}; {cure}")
+    if rank == 0:
+        return None
+    own: dict[tuple[Rank, str], Followed] = _FOLLOWED.setdefault(named[name], {})
+    return own.setdefault((rank, name), Followed(rank, name))
 
 
 def _fits(found: Directions | None, weight: Tensor) -> bool:

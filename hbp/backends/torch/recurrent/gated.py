@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,23 +16,24 @@ from hbp.backends.torch.autograd import (
     opaque,
     refuse_second_derivatives,
     refuse_transforms,
+    without_autocast,
     write_counter,
 )
 from hbp.backends.torch.hooks import no_backward_hooks
+from hbp.backends.torch.recurrent.blocks import Cell, CellBlocks, checked
+from hbp.backends.torch.recurrent.following import Followed, followed
 from hbp.core.adjoint import highway
-from hbp.core.backend import Backend
 from hbp.core.chain import LinearizedChain
 from hbp.core.operator import Diagonal
-from hbp.core.pullbacks import Pullbacks
 from hbp.core.solver import Solver
+from hbp.directions import Rank
+from hbp.lowrank import LowRank
 
 BACKEND = TorchBackend()
 
-Cell: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
 
 def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, chunk: int = 1,
-    tolerance: float | None = None, solver: Solver | None = None,
+    tolerance: float | None = None, solver: Solver | None = None, rank: Rank = 0, weight: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run ``h[t] = gate * h[t-1] + update`` with ``gate, update = cell(h[t-1], xs[t])`` over a sequence.
 
@@ -53,13 +51,17 @@ def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, c
         chunk: steps per chunk.
         tolerance: stop when the last increment is at most this fraction of the gradient; ``iterations`` is the cap.
         solver: these three in one `hbp.Solver`, instead.
+        rank: how many strong directions of ``weight`` the residual path takes beside diag(gate) (`hbp.directions`): a
+            number, or "auto". What the block does along them costs as many pullbacks through all steps at each
+            backward, and the directions a step of subspace iteration, the first time a singular value decomposition.
+        weight: which parameter of the cell they are of, by its name: (N, H), as ``"linear.weight"`` of what h enters.
 
     Returns:
         ``h``, (T, B, H), and a copy of its last entry.
 
     Raises:
-        TypeError, ValueError: no tensors, a cell that returns no pair of tensors like its state, no step, or counts
-            that are none.
+        TypeError, ValueError: no tensors, a cell that returns no pair of tensors like its state, no step, counts that
+            are none, or a rank without such a parameter.
         RuntimeError: a transform of the call that would lose Highway-BP; in the backward, where the cell gives other
             states for all steps at once.
 
@@ -70,10 +72,11 @@ def scan(cell: Cell, h0: Tensor, xs: Tensor, *, iterations: int | None = None, c
     """
     solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance).fixed()
     _check_input(cell, h0, xs)
+    strong = followed(cell, rank, weight, h0)
     if not solver.exact:
         refuse_transforms()
     ours = torch.is_grad_enabled() and not solver.exact
-    h = _highway(cell, solver, h0, xs) if ours else _states(cell, h0, xs)
+    h = _highway(cell, solver, strong, h0, xs) if ours else _states(cell, h0, xs)
     return h, h[-1].clone()  # whoever writes into one does not change the other
 
 
@@ -93,31 +96,19 @@ def _states(cell: Cell, h0: Tensor, xs: Tensor) -> Tensor:
     """The states after each step, one by one."""
     states = [h0]
     for x in xs.unbind(0):  # indexing a tensor that needs gradients costs the whole sequence at every step
-        gate, update = _checked(cell(states[-1], x), states[-1])
+        gate, update = checked(cell(states[-1], x), states[-1])
         states.append(gate * states[-1] + update)
     return torch.stack(states[1:])
 
 
 @opaque  # one break of a compiled graph
-def _highway(cell: Cell, solver: Solver, h0: Tensor, xs: Tensor) -> Tensor:
+def _highway(cell: Cell, solver: Solver, strong: Followed | None, h0: Tensor, xs: Tensor) -> Tensor:
     parameters = dict(cell.named_parameters()) if isinstance(cell, torch.nn.Module) else {}
     if _needs_gradients(cell, h0, xs, list(parameters.values())):
-        found: Tensor = _GatedScan.apply(cell, solver, tuple(parameters), h0, xs, *parameters.values())
+        found: Tensor = _GatedScan.apply((cell, solver, strong, tuple(parameters)), h0, xs, *parameters.values())
         return found
     with torch.no_grad():
         return _states(cell, h0, xs)
-
-
-def _checked(pair: Any, h: Tensor) -> tuple[Tensor, Tensor]:
-    if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-        raise TypeError(f"the cell returned a {type(pair).__name__}; expected two tensors, (gate, update)")
-    for name, part in zip(("gate", "update"), pair, strict=True):
-        if part.shape != h.shape or part.dtype != h.dtype:
-            raise ValueError(
-                f"the cell's {name} is {part.dtype} of shape {tuple(part.shape)}; "
-                f"the state is {h.dtype} of shape {tuple(h.shape)}"
-            )
-    return pair
 
 
 def _needs_gradients(cell: Cell, h0: Tensor, xs: Tensor, parameters: list[torch.nn.Parameter]) -> bool:
@@ -129,7 +120,7 @@ def _needs_gradients(cell: Cell, h0: Tensor, xs: Tensor, parameters: list[torch.
     h, x = h0.detach().requires_grad_(), xs[0].detach().requires_grad_(xs.requires_grad)
     module = cell if isinstance(cell, torch.nn.Module) else torch.nn.Module()
     with no_backward_hooks("the cell", module, module):
-        pair = _checked(cell(h, x), h)
+        pair = checked(cell(h, x), h)
     foreign = foreign_leaf(pair, h, set(map(id, (x, *parameters))))
     if foreign is not None:
         raise ValueError(
@@ -147,56 +138,13 @@ def _check_alike(again: Tensor, h: Tensor, precision: torch.dtype) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class CellBlocks(Pullbacks):
-    """The blocks of a gated cell's steps, by one graph through all of them, built when it is first needed."""
-
-    cell: Cell
-    h: Tensor
-    """The states before the steps, (T, B, H)."""
-    x: Tensor
-    cut: dict[tuple[Any, ...], CellBlocks] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.h)
-
-    def __getitem__(self, index: slice) -> CellBlocks:
-        key = (index.start, index.stop, index.step)
-        if key not in self.cut:  # every iteration cuts alike, and a graph is worth keeping
-            self.cut[key] = CellBlocks(self.cell, self.h[index], self.x[index])
-        return self.cut[key]
-
-    @cached_property
-    def graph(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The states as leaves of the graph, and gate and update as its ends."""
-        with torch.enable_grad():
-            h = self.h.detach().requires_grad_()
-            gate, update = _checked(self.cell(h, self.x), h)
-        return h, gate, update
-
-    def pull(self, cotangents: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor]:
-        """The cotangents of some leaves of the graph, the states' own path apart; zeros where one is not read."""
-        h, gate, update = self.graph
-        ends = [(end, g) for end, g in ((gate, cotangents * h.detach()), (update, cotangents)) if end.requires_grad]
-        if not ends or not leaves:
-            return [torch.zeros_like(leaf) for leaf in leaves]
-        outputs, gradients = zip(*ends, strict=True)
-        found = torch.autograd.grad(outputs, leaves, gradients, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
-
-    def __call__(self, cotangents: Tensor, backend: Backend) -> Tensor:
-        return self.pull(cotangents, (self.graph[0],))[0]
-
-
 class _GatedScan(torch.autograd.Function):
     """Initial state, inputs, parameters -> the states."""
 
     @staticmethod
-    def forward(
-        ctx: Any, cell: Cell, solver: Solver, names: tuple[str, ...], h0: Tensor, xs: Tensor, *parameters: Tensor
-    ) -> Tensor:
-        h = _states(cell, h0, xs)
-        ctx.options = (cell, solver, names, *autocast_of(h))
+    def forward(ctx: Any, options: tuple[Any, ...], h0: Tensor, xs: Tensor, *parameters: Tensor) -> Tensor:
+        h = _states(options[0], h0, xs)
+        ctx.options = (*options, *autocast_of(h))
         ctx.writes = write_counter(h)  # as in RecurrentLayer
         ctx.written = ctx.writes._version
         ctx.save_for_backward(h0, xs, h.data, *parameters)
@@ -205,7 +153,7 @@ class _GatedScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
         refuse_second_derivatives("iterations=None", dh)
-        cell, solver, names, autocast, precision = ctx.options
+        cell, solver, strong, names, autocast, precision = ctx.options
         h0, xs, h, *given = ctx.saved_tensors
         # Copies as leaves: hooks on the parameters see the final gradient only, once.
         parameters = [p.detach().requires_grad_(p.requires_grad) for p in given]
@@ -224,8 +172,12 @@ class _GatedScan(torch.autograd.Function):
         _check_alike(gate * before + update, h, precision)
         chain = LinearizedChain(blocks, Diagonal(gate))
         sources = torch.cat([torch.zeros_like(dh[:1]), dh[:-1]])
-        g = highway(chain, dh[-1], sources=sources, solver=solver, backend=BACKEND)
+        with without_autocast(dh.device.type):  # the states' dtype is that of all; the cell has its own state
+            if strong is not None:
+                right = strong(copies[strong.name].detach()).taken[1].to(h.dtype)
+                chain = chain.resplit(chain.residual + LowRank(blocks.along(right), right[None]))
+            g = highway(chain, dh[-1], sources=sources, solver=solver, backend=BACKEND)
         leaves = tuple(leaf for leaf in (x, *parameters) if leaf.requires_grad)
         found = iter(blocks.pull(g[1:], leaves))
         dx, *dparameters = (next(found) if leaf.requires_grad else None for leaf in (x, *parameters))
-        return (None, None, None, g[0], dx, *dparameters)
+        return (None, g[0], dx, *dparameters)
