@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -12,7 +13,7 @@ from hbp import cli
 from hbp.core import registry
 
 demo = pytest.mark.skipif(
-    any(cli.find_spec(module) is None for module in cli.DEMO), reason="the extra hbp[demo] is not installed"
+    any(find_spec(module) is None for module in cli.compare.DEMO), reason="the extra hbp[demo] is not installed"
 )
 ROWS = 1 + 2 + 3 * 2  # exact, the fixed point at k = 1 and 3, highway at k = 0, 1, 3 with both chunks
 
@@ -144,7 +145,7 @@ def test_bad_input_is_one_sentence_before_training(arguments, said):
 
 
 @demo
-@pytest.mark.parametrize("name", cli.OUTPUTS)
+@pytest.mark.parametrize("name", cli.compare.OUTPUTS)
 def test_a_folder_in_the_place_of_a_result_is_said_before_training(name, tmp_path, capsys):
     (tmp_path / name).mkdir()
     assert cli.main(["compare", "--steps", "1", "--output", str(tmp_path)]) == 2
@@ -179,6 +180,6 @@ def test_a_backend_that_is_missing_is_said_before_training(monkeypatch, capsys, 
 
 
 def test_missing_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda _: None)
+    monkeypatch.setattr(cli.compare, "find_spec", lambda _: None)
     assert cli.main(["compare"]) == 2
     assert "pip install 'hbp[demo]'" in capsys.readouterr().err

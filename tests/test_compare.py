@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import hbp
 from hbp import cli
 
 pytestmark = pytest.mark.skipif(
-    any(cli.find_spec(module) is None for module in cli.DEMO), reason="the extra hbp[demo] is not installed"
+    any(find_spec(module) is None for module in cli.compare.DEMO), reason="the extra hbp[demo] is not installed"
 )
 
 
@@ -25,7 +26,7 @@ def threads_of(backend):
     from threadpoolctl import threadpool_info
 
     found = {Path(pool["filepath"]).name: pool["num_threads"] for pool in threadpool_info()}
-    if cli.find_spec("numba"):
+    if find_spec("numba"):
         from hbp.backends._numba.compile import own_threads
 
         found["kernels"] = own_threads().count
@@ -43,7 +44,7 @@ def two_threads(library, monkeypatch):
     import hbp.demo.results  # noqa: F401 - scikit-learn's pools are there
 
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    if cli.find_spec("numba"):
+    if find_spec("numba"):
         import numba
 
         monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 2)
@@ -63,7 +64,7 @@ def test_training_has_the_threads_it_is_given_and_gives_them_back(threads, libra
 
     seen, step = [], compare.Trainer.step
     monkeypatch.setattr(compare.Trainer, "step", lambda *args: (seen.append(threads_of(library.name)), step(*args)))
-    monkeypatch.setattr(cli.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(cli.compare.os, "cpu_count", lambda: 2)
     before = threads_of(library.name)
     assert set(before[0].values()) == {2}
     chosen = [] if threads is None else ["--threads", str(threads)]

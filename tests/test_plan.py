@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -31,7 +32,7 @@ TABLE = {  # GPipe, best exact, Highway-BP with k = 1 and with k = 3, where F = 
 }
 UNIT = Costs(1, 1, 1)
 FREE = Link(1, 0)
-drawn = pytest.mark.skipif(cli.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+drawn = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
 
 def interleaved(P: int, M: int, pieces: int) -> pipelines.Lists:

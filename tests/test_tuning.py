@@ -141,7 +141,7 @@ def test_tune_measures_and_keeps(library, monkeypatch, capsys):
 
 
 def test_tune_refuses_what_is_not_there(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli.tune, "find_spec", lambda name: None)
     monkeypatch.setenv("HBP_KERNELS", "off")
     assert cli.main(["tune"]) == 2
     assert "no PyTorch is installed, and no compiled loops: plain (HBP_KERNELS=off)" in capsys.readouterr().err
@@ -156,11 +156,11 @@ def test_without_a_cache_folder_the_shipped_times_decide_and_tune_says_so(troubl
     def nowhere():
         raise trouble
 
-    for module in (_tuning, cli):
+    for module in (_tuning, cli.tune):
         monkeypatch.setattr(module, "cache_file", nowhere)
     assert "shipped" in _tuning.timings().source
     assert cli.main(["info"]) == 0
-    monkeypatch.setattr(cli, "find_spec", lambda name: name == "torch")
+    monkeypatch.setattr(cli.tune, "find_spec", lambda name: name == "torch")
     monkeypatch.setattr(tuning, "find_spec", lambda name: True)
     for arguments in (["tune"], ["tune", "--forget"]):
         assert cli.main(arguments) == 2
@@ -170,7 +170,7 @@ def test_without_a_cache_folder_the_shipped_times_decide_and_tune_says_so(troubl
 def test_that_tune_cannot_write_is_said_before_anything_is_measured(monkeypatch, capsys, tmp_path):
     pytest.importorskip("torch")
     monkeypatch.setattr(tuning, "_loops", None)
-    monkeypatch.setattr(cli, "find_spec", lambda name: name == "torch")
+    monkeypatch.setattr(cli.tune, "find_spec", lambda name: name == "torch")
     (tmp_path / "file").touch()
     for output in (str(tmp_path), "", str(tmp_path / "file" / "times.json")):
         assert cli.main(["tune", "--output", output]) == 2
