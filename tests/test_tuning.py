@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from math import nan
 from types import SimpleNamespace
@@ -108,6 +109,20 @@ def test_a_file_that_is_none_is_told_and_can_be_left_behind(text, capsys):
     assert cli.main(["tune", "--forget"]) == 0
     assert cli.main(["info"]) == 0
     assert "shipped" in capsys.readouterr().out
+
+
+def test_that_the_variable_names_no_file_is_one_sentence(monkeypatch, capsys, tmp_path):
+    for path, why in ((tmp_path / "nowhere.json", "No such file or directory"), (tmp_path, "Is a directory")):
+        monkeypatch.setenv(_tuning.VARIABLE, str(path))
+        _tuning.forget()
+        said = (
+            f"the times in {str(path)!r} cannot be read: {why}; give HBP_TUNED a file that hbp tune --output wrote, or "
+            "'shipped'"
+        )
+        with pytest.raises(OSError, match=re.escape(said)):
+            fastest("gru forward", "numpy", 1, 32, ("loop", "calls"))
+        assert cli.main(["info"]) == 2
+        assert capsys.readouterr().err == f"hbp: {said}\n"
 
 
 def test_steps_are_few_where_they_are_long():

@@ -128,7 +128,8 @@ def timings() -> Timings:
     """The times that decide here.
 
     Raises:
-        ValueError, OSError: the file is none that ``hbp tune`` writes, or the one that ``HBP_TUNED`` names is missing.
+        ValueError, OSError: the file is none that ``hbp tune`` writes, or cannot be read, as one that
+            ``HBP_TUNED`` names and that is missing.
     """
     if _given:
         return _given[-1]
@@ -153,13 +154,22 @@ def forget() -> None:
 
 
 def read(path: Path) -> Timings:
-    """Times from a file."""
+    """Times from a file.
+
+    Raises:
+        ValueError, OSError: it is none that ``hbp tune`` writes, or cannot be read.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         rows = tuple(Timing(**row) for row in found["rows"])
         sound = all(row.seconds and all(n > 0 for n in (row.rows, row.width, *row.seconds.values())) for row in rows)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no file of hbp tune ({error}); delete it, or run hbp tune again") from error
+    except OSError as error:
+        raise OSError(
+            f"the times in {str(path)!r} cannot be read: {error.strerror}; give {VARIABLE} a file that hbp tune "
+            "--output wrote, or 'shipped'"
+        ) from error
     if not sound:
         raise ValueError(f"{path} has sizes or times that are not above 0; delete it, or run hbp tune again")
     return Timings(str(found.get("source", path)), rows)
