@@ -49,6 +49,7 @@ DIFFERENT = {
     "precision": "the state is '(2, 5, 3) torch.float64' on rank 0 and 2, '(2, 5, 3) torch.float32' on rank 1",
     "no gradients": "torch.is_grad_enabled() is True on rank 0 and 2, False on rank 1",
     "no tensor": "rank 1: the state is a NoneType, no real floating point tensor",
+    "integers": "rank 1: the state is of torch.int64, no real floating point tensor",
 }
 
 
@@ -59,7 +60,7 @@ def different_on(mesh: Any) -> dict[str, str]:
         stack = piece("identity", HERE, mesh, iterations=2)
         changed_stack(kind, odd, stack)
         if odd:
-            x = {"batch": x[:1], "precision": x.float(), "no tensor": None}.get(kind, x)
+            x = {"batch": x[:1], "precision": x.float(), "no tensor": None, "integers": x.long()}.get(kind, x)
         with (
             pytest.raises(ValueError, match=r"\w") as caught,
             torch.set_grad_enabled(not odd or kind != "no gradients"),
@@ -156,12 +157,38 @@ def built_on(mesh: Any) -> None:
         hb.estimate_damping(stack, inputs().float())
     with pytest.raises(ValueError, match=r"the layers lie on several ranks"):
         hb.plan(stack, lambda stack, x: stack(x).sum(), inputs().float())
+    for sizes in ((-1.0,), (float("nan"),), (None,), ("much",), (1.0, "two"), (1.0, 0.0), (1.0, -1.0)):
+        with pytest.raises(ValueError, match=r"^(max_norm|norm_type)=.*; give a number (of at least|above) 0"):
+            hb.clip_grad_norm_(stack, *sizes)
     with pytest.raises(TypeError, match=r"layers over several ranks cannot be pickled; save their state_dict"):
         stack.__reduce_ex__(2), torch.save(stack, os.devnull)
 
 
 def test_bad_input_is_refused_when_the_stack_is_built(ranks):
     ranks(built_on)
+
+
+def transformed_on(mesh: Any) -> list[str]:
+    """Calls that something transforms; afterwards the ranks are together as before."""
+    found, x = [], inputs()
+    for k in (None, 1):
+        stack = piece("identity", HERE, mesh, iterations=k)
+        calls = (
+            lambda stack=stack: torch.func.grad(lambda x: stack(x).sum())(x),
+            lambda stack=stack: torch.vmap(stack)(x),
+        )
+        for call in calls:
+            with pytest.raises(RuntimeError, match=r"\w") as caught:
+                call()
+            found.append(str(caught.value))
+        stack(x).sum().backward()
+    return found
+
+
+def test_a_transform_is_refused_before_a_rank_waits_for_another(ranks):
+    said = "torch.func cannot follow a state from rank to rank; call a stack over several ranks without it"
+    for told in ranks(transformed_on, ranks=3):
+        assert told == [said] * 4
 
 
 class Failing(torch.autograd.Function):

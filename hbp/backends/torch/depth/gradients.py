@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ from hbp.backends.torch.options import scheduled
 
 
 def clip_grad_norm_(
-    model: nn.Module, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    model: nn.Module, max_norm: float, norm_type: float | str = 2.0, error_if_nonfinite: bool = False
 ) -> Tensor:
     """Scale the gradients so that the norm over all ranks' layers is at most ``max_norm``; collective.
 
@@ -30,7 +31,7 @@ def clip_grad_norm_(
         The norm before, the same on all ranks.
 
     Raises:
-        ValueError: the model has no such stack.
+        ValueError: the model has no such stack, or a number is not what its name says.
         RuntimeError: the norm is not finite, and that shall be an error.
 
     >>> from torch.distributed import HashStore, destroy_process_group, init_device_mesh, init_process_group
@@ -45,6 +46,7 @@ def clip_grad_norm_(
     pieces = [stack for stack in scheduled(model).values() if isinstance(stack, Piece)]
     if not pieces:
         raise ValueError(f"no stack of this {type(model).__name__} lies on several ranks; use torch.nn.utils' own")
+    max_norm, norm_type = _number("max_norm", max_norm), _number("norm_type", norm_type, above=True)
     own = {id(p): p for piece in pieces for layer in piece.members() for p in layer.parameters()}
     common = [p for p in model.parameters() if id(p) not in own]
     ranks = pieces[0].ranks
@@ -57,6 +59,17 @@ def clip_grad_norm_(
         if p.grad is not None:
             _local(p.grad).mul_(factor.to(p.grad.device, p.grad.dtype))
     return total
+
+
+def _number(name: str, value: Any, above: bool = False) -> float:
+    """A number, or its name as "inf", that is at least zero, or ``above``."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (number > 0 or (number == 0 and not above)):
+        raise ValueError(f"{name}={value!r}; give a number {'above' if above else 'of at least'} 0")
+    return number
 
 
 def _norm(parameters: Iterable[Tensor], norm_type: float) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbp.backends.torch.autograd import SWAPPING, Swap, opaque, refuse_second_derivatives, refuse_transforms, tensors
+from hbp.backends.torch.autograd import SWAPPING, Swap, opaque, refuse_second_derivatives, tensors, transformed
 from hbp.backends.torch.depth.backend import RankBackend
 from hbp.backends.torch.depth.exchange import LOCAL
 from hbp.backends.torch.depth.ranks import Ranks
@@ -166,11 +166,15 @@ class Passage:
 
         Raises:
             ValueError: their settings or states differ, on all ranks.
+            RuntimeError: something transforms the call.
         """
+        by = transformed()
+        if by:
+            raise RuntimeError(
+                f"{by} cannot follow a state from rank to rank; call a stack over several ranks without it"
+            )
         outside = [tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad]
         agreed = piece.agreed(x, outside)
-        if agreed.tracked and not agreed.exact:
-            refuse_transforms()
         return cls(piece, agreed, x, outside, int(torch.randint(2**62, ())) if piece.training else None)
 
     def _arrive(self) -> None:

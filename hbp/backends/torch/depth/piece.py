@@ -68,7 +68,8 @@ class Piece(Stack):
         if len(layers) != len(self.numbers):
             return f"has {len(layers)} layers and had {len(self.numbers)} when the stack was built; build it anew"
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            return f"the state is a {type(x).__name__}, no real floating point tensor"
+            kind = f"of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            return f"the state is {kind}, no real floating point tensor"
         if x.device.type != self.ranks.device.type:
             return f"the state is on {x.device} and the mesh is of {self.ranks.device.type} devices; move one of them"
         for number, layer in zip(self.numbers, layers, strict=True):
