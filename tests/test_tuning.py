@@ -125,6 +125,19 @@ def test_that_the_variable_names_no_file_is_one_sentence(monkeypatch, capsys, tm
         assert capsys.readouterr().err == f"hbp: {said}\n"
 
 
+def test_forget_deletes_what_is_kept_and_nothing_that_was_not_meant(capsys, tmp_path):
+    assert cli.main(["tune", "--forget"]) == 0
+    assert capsys.readouterr().out == f"nothing is kept at {cache_file()}\n"
+    write(cache_file(), table(SMALL))
+    for other in (["--backend", "torch"], ["--output", str(tmp_path / "times.json")]):
+        assert cli.main(["tune", "--forget", *other]) == 2
+        assert f"--forget deletes {cache_file()}, whole; give it alone" in capsys.readouterr().err
+    assert cache_file().exists()
+    assert cli.main(["tune", "--forget"]) == 0
+    assert capsys.readouterr().out == f"deleted {cache_file()}\n"
+    assert not cache_file().exists()
+
+
 def test_steps_are_few_where_they_are_long():
     assert [_timing.steps_of(1, 32), _timing.steps_of(64, 64), _timing.steps_of(1, 2048)] == [512, 76, 16]
 

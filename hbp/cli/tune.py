@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure and keep the times, or forget those kept."""
     if options.forget:
-        return _forget()
+        return _forget(alone=options.backend is None and options.output is None)
     compiled = CPU.load() is not None
     installed = [name for name in LIBRARIES if find_spec(name) is not None and (compiled or name != "numpy")]
     if not installed:
@@ -47,11 +47,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _forget() -> int:
+def _forget(alone: bool) -> int:
     try:
         path = cache_file()
+        if not alone:
+            raise InputError(f"--forget deletes {path}, whole; give it alone")
+        found = path.exists()
         path.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         raise InputError(str(error)) from error
-    print(f"deleted {path}")
+    print(f"deleted {path}" if found else f"nothing is kept at {path}")
     return 0
