@@ -191,6 +191,26 @@ def test_a_transform_is_refused_before_a_rank_waits_for_another(ranks):
         assert told == [said] * 4
 
 
+def hooked_on(mesh: Any) -> str:
+    """One rank has a backward hook inside a layer, which exact backprop alone can do with."""
+    stack = piece("identity", HERE, mesh, iterations=1)
+    if mesh.get_local_rank() == 1:
+        next(stack.children()).block[0].register_full_backward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        stack(inputs())
+    with torch.no_grad():
+        stack(inputs())
+    hb.set_iterations(stack, None)
+    stack(inputs()).sum().backward()
+    return str(caught.value)
+
+
+def test_a_hook_inside_a_layer_is_told_on_all_ranks(ranks):
+    for told in ranks(hooked_on, ranks=3):
+        assert told.startswith("rank 1: layer 1, a Residual, sets backward hooks inside, on block.0; they would run")
+        assert told.endswith("remove them, or set iterations=None")
+
+
 class Failing(torch.autograd.Function):
     """The identity, whose pullback does something else."""
 

@@ -40,15 +40,28 @@ def no_backward_hooks(name: str, target: nn.Module, layer: nn.Module) -> Iterato
     yield
     if RemovableHandle.next_id == handles or _compiled() != compiled:
         return
+    told = backward_hooks(name, target, layer) or refusal(name, ["a tensor or a node of the graph"])
+    raise RuntimeError(
+        f"{told} (hooks that another thread sets meanwhile, and forward hooks that a layer sets on itself, look the "
+        "same from here)"
+    )
+
+
+def backward_hooks(name: str, target: nn.Module | None, layer: nn.Module) -> str:
+    """Why a layer with backward hooks on modules cannot be pulled back in rounds, or ""."""
     named = [(path or "itself", m) for path, m in layer.named_modules() if m is target or m is not layer]
     places = [path for path, m in named if any(getattr(m, kind) for kind in BACKWARD)]
     places += [f"{path} (by fully_shard: shard the whole model alone)" for path, m in named if sharded(m)]
     if any(getattr(everywhere, f"_global{kind}") for kind in BACKWARD):
         places.append("all modules")
-    raise RuntimeError(
-        f"{name} sets backward hooks inside, on {', '.join(places) or 'a tensor or a node of the graph'}; they would "
-        "run once per round of Highway-BP, on parts of the gradient: remove them, or set iterations=None (hooks that "
-        "another thread sets meanwhile, and forward hooks that a layer sets on itself, look the same from here)"
+    return refusal(name, places) if places else ""
+
+
+def refusal(name: str, places: list[str]) -> str:
+    """Why hooks in these places are refused."""
+    return (
+        f"{name} sets backward hooks inside, on {', '.join(places)}; they would run once per round of Highway-BP, on "
+        "parts of the gradient: remove them, or set iterations=None"
     )
 
 

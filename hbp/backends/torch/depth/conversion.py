@@ -18,6 +18,7 @@ from hbp.backends.torch.depth.ranks import Ranks
 class SpreadStack(Piece):
     """A stack inside a model, spread over ranks, whose layers the model's own loop calls one by one."""
 
+    called_whole = False
     passage: Passage | None = None
     """The forward pass that is under way."""
     handed: Any = None

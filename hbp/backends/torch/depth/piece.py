@@ -10,6 +10,7 @@ from torch import Tensor
 from hbp.backends.torch.depth.exchange import Exchange
 from hbp.backends.torch.depth.passage import Agreed
 from hbp.backends.torch.depth.ranks import Ranks
+from hbp.backends.torch.hooks import backward_hooks
 from hbp.backends.torch.stack.options import Stack
 
 
@@ -23,6 +24,8 @@ class Piece(Stack):
     last_only: bool = False
     training: bool
     passes: int = 0
+    called_whole: bool = True
+    """Whether a layer's own hooks run inside of its call, not around it."""
 
     def settle(self, ranks: Ranks, own: int, exchange: Any, last_only: Any = False) -> None:
         """Take the options that only several ranks have, and find the place of this one's layers; collective."""
@@ -57,12 +60,12 @@ class Piece(Stack):
         wanted = grads and isinstance(x, Tensor) and x.requires_grad
         needed = grads and bool(wanted or outside or any(True for _ in self.trainable()))
         numbers = [needed, wanted, -(-len(self.numbers) // solver.chunk)]
-        rows = self.ranks.agree("a call of the stack", facts, numbers, self._trouble(x))
+        rows = self.ranks.agree("a call of the stack", facts, numbers, self._trouble(x, needed and not solver.exact))
         self.passes += 1
         needed, wanted = (any(row[i] for row in rows) for i in (0, 1))
         return Agreed(self.ranks, self.passes, sum(row[2] for row in rows), needed, solver.exact, wanted)
 
-    def _trouble(self, x: Any) -> str:
+    def _trouble(self, x: Any, in_rounds: bool) -> str:
         """Why this rank cannot take part, or ""."""
         layers = list(self.members())
         if len(layers) != len(self.numbers):
@@ -76,4 +79,8 @@ class Piece(Stack):
             places = {parameter.device for parameter in layer.parameters()} - {x.device}
             if places:
                 return f"layer {number} is on {places.pop()} and the state on {x.device}; move one of them"
+            name = f"layer {number}, a {type(layer).__name__},"
+            hooks = backward_hooks(name, layer if self.called_whole else None, layer) if in_rounds else ""
+            if hooks:
+                return hooks
         return ""
