@@ -101,6 +101,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def experiments(session: nox.Session) -> None:
+    """The paper's figures and tables on this machine: all of them, in about an hour."""
+    session.install("-e", ".[torch,bench,demo]", *TEST_TORCH, *CONSTRAINTS)
+    session.run("python", "-m", "experiments", *(session.posargs or ["all", "--jobs", "2"]))
+
+
+@nox.session
 def rehearsal(session: nox.Session) -> None:
     """What a GPU would be asked, asked of interpreters and a CPU, so that it works on the day there is one."""
     session.install("-e", ".[torch,jax,bench]", *TEST_TORCH, *CONSTRAINTS)

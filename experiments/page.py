@@ -1,0 +1,98 @@
+"""One Markdown page with its figures, from a folder's records alone: ``python -m experiments report FOLDER``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from experiments import catalog
+from experiments.experiment import Claim, Experiment, Record, Request, Section
+from experiments.folder import DOCUMENT, Folder
+
+PAGE = "README.md"
+
+
+def main(arguments: list[str]) -> int:
+    """Make the page; returns 2 where there is nothing to make it from."""
+    parser = argparse.ArgumentParser(prog="python -m experiments report", description="The page, from the records.")
+    parser.add_argument("folder", type=Path, help="that --out named")
+    folder = Folder(parser.parse_args(arguments).folder)
+    try:
+        made = write(folder)
+    except (ValueError, OSError) as error:
+        print(f"experiments report: {error}", file=sys.stderr)
+        return 2
+    for one in made:
+        print(f"wrote {one}")
+    return 0
+
+
+def write(folder: Folder) -> list[Path]:
+    """Write the page and its figures; returns all files.
+
+    Raises:
+        ValueError: the folder holds no records.
+    """
+    document, records = folder.document(), folder.records()
+    if document is None or not records:
+        raise ValueError(f"{folder.path} holds no records of experiments; give a folder that --out named")
+    seeds = 1 + max(int(record.get("seed", 0)) for record in records.values())
+    request = Request(**document["request"], seeds=seeds)
+    sections = list(_sections(request, records))
+    page = folder.path / PAGE
+    made = [page]
+    for _, section in sections:
+        for name, figure in section.figures.items():
+            made.append(folder.path / f"{name}.png")
+            figure.savefig(made[-1], dpi=110)
+    page.write_text("\n\n".join(_text(document, records, sections)) + "\n")
+    return made
+
+
+def _sections(request: Request, records: Mapping[str, Record]) -> Iterator[tuple[Experiment, Section]]:
+    """Of all experiments with records, each with its own records."""
+    for name in catalog.MODULES:
+        one = catalog.experiment(name)
+        own = {work.key: records[work.key] for work in one.work(request) if work.key in records}
+        if own:
+            yield one, one.section(request, own)
+
+
+def _text(
+    document: Record, records: Mapping[str, Record], sections: Sequence[tuple[Experiment, Section]]
+) -> Iterator[str]:
+    yield "# The paper, reproduced"
+    yield _where(document, records)
+    yield "## In short"
+    rows = [(f"[{one.title}](#{one.name})", claim) for one, section in sections for claim in section.claims]
+    body = [f"| {title} | {claim.paper} | {claim.measured} | {_word(claim)} |" for title, claim in rows]
+    yield "\n".join(["| | claim | measured here | agrees |", "| --- | --- | --- | --- |", *body])
+    for one, section in sections:
+        yield f'<a id="{one.name}"></a>\n\n## {one.title}'
+        for claim in section.claims:
+            yield f"**Claim.** {claim.paper}\n\n**Measured.** {claim.measured}"
+            yield f"**Agrees: {_word(claim)}.** {claim.rule}"
+        yield from [section.text] if section.text else []
+        yield from (f"![{name}]({name}.png)" for name in section.figures)
+
+
+def _word(claim: Claim) -> str:
+    return {True: "yes", False: "no", None: "cannot be told"}[claim.agrees]
+
+
+def _where(document: Record, records: Mapping[str, Record]) -> str:
+    """The machine, the versions, the commits, the seeds."""
+    there, request = document["environment"], document["request"]
+    commits = ", ".join(sorted({str(record["commit"]) for record in records.values()}))
+    dates = sorted(record["date"][:10] for record in records.values())
+    seeds = len({record["seed"] for record in records.values() if "seed" in record})
+    versions = ", ".join(f"{name} {version}" for name, version in there["versions"].items())
+    hours = sum(record["performed_s"] for record in records.values()) / 60
+    return (
+        f"Preset {request['preset']}, {request['backend']}, {request['threads']} thread each, {seeds} seeds, "
+        f"{len(records)} records, {hours:.0f} minutes of work in all. {there['processor']}, {there['cores']} cores, "
+        f"Python {there['python']}; {versions}; commit {commits}; {dates[0]} to {dates[-1]}. Made from the JSON in "
+        f"`records` and `{DOCUMENT}` by `python -m experiments report`."
+    )
