@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import hbp
 from hbp.core.increments import Iterate, Report
 from hbp.core.solver import Solver
-from hbp.diagnosis import Diagnosis, Row, Settings
+from hbp.diagnosis import Diagnosis, Row, Settings, Spectrum
 from hbp.diagnosis.agreement import Agreement
 
 REPORT = Report((2.0, 1.0), (2.0, 4.0), exact=False)
@@ -21,8 +22,11 @@ def agreement(error: float) -> Agreement:
     return Agreement(error * error, 1.0, 1.0, 1.0)
 
 
-def row(k: int | None, error: float, seconds: float, chunk: int = 1, report: Report | None = REPORT) -> Row:
-    return Row(k, chunk, agreement(error), {"0": agreement(error)}, {} if report is None else {"": report}, seconds)
+def row(
+    k: int | None, error: float, seconds: float, chunk: int = 1, report: Report | None = REPORT, rank: Any = 0
+) -> Row:
+    reports = {} if report is None else {"": report}
+    return Row(k, chunk, agreement(error), {"0": agreement(error)}, reports, seconds, rank)
 
 
 def diagnosis(*rows: Row, exact: float = 0.010) -> Diagnosis:
@@ -113,6 +117,59 @@ def test_a_lucky_k_does_not_count():
     assert diagnosis(*rows, row(5, math.nan, 0.001)).within == ()
 
 
+def test_ranks_are_settings_of_their_own():
+    """At rank 8 both k are within the target, at rank 0 none, and "auto" is by luck at k = 1."""
+    errors = {0: (0.3, 0.2), 8: (0.04, 0.01), "auto": (0.02, 0.1)}
+    rows = [
+        row(k + 1, error, 0.002 + k / 1e3, rank=rank) for rank, own in errors.items() for k, error in enumerate(own)
+    ]
+    found = diagnosis(*rows)
+    assert [(r.rank, r.iterations) for r in found.within] == [(8, 1), (8, 2)]
+    assert found.recommended is rows[2]
+    assert found.advice.startswith("recommended for an error of 0.05: iterations=1, chunk=1, rank=8 (error 0.04, 2 ms")
+    assert not found.worse
+    assert "worse" not in str(found)
+    assert [line.split()[2] for line in str(found).splitlines()[2:8]] == ["0", "0", "8", "8", "auto", "auto"]
+
+
+def test_a_rank_that_is_worse_than_none_is_named():
+    """At the same k and chunk, beyond rounding; NaN is worse than anything."""
+    plain = row(1, 0.3, 0.001), row(2, 0.2, 0.001), row(1, 0.9, 0.001, chunk=4), row(3, 0.1, 0.001)
+    ranked = row(1, 0.8, 0.001, rank=2), row(2, 0.1, 0.001, rank=2), row(3, math.nan, 0.001, rank=4)
+    unlike = row(2, 0.2 + 1e-6, 0.001, rank=8), row(5, 2.0, 0.001, rank=8), row(1, 0.4, 0.001, chunk=4, rank="auto")
+    found = diagnosis(*plain, *ranked, *unlike)
+    assert found.worse == (ranked[0], ranked[2])
+    (told,) = [line for line in found.advice.splitlines() if line.startswith("rank")]
+    assert told.startswith("rank 2, 4 is worse than none at some settings (error ")
+    marked = [line for line in str(found).splitlines() if line.endswith(" worse than rank 0")]
+    assert [line.split()[:3] for line in marked] == [["1", "1", "2"], ["3", "1", "4"]]
+    (told,) = [line for line in diagnosis(*plain, ranked[0]).advice.splitlines() if line.startswith("rank")]
+    assert "(error 0.8 at iterations=1, chunk=1, rank=2, 0.3 without)" in told
+
+
+def test_a_rank_whose_increments_grow_is_named():
+    growing = Report((1.0, 9.0), (1.0, 8.0), exact=False)
+    found = diagnosis(row(1, 0.3, 0.001), row(1, 0.2, 0.001, rank=4, report=growing), row(1, 0.1, 0.001, rank=8))
+    assert "the split diverges at some settings (rank 4): damp the split" in found.advice
+    assert "rank" not in diagnosis(row(1, 0.3, 0.001, report=growing)).advice.split("settings")[1].split(":")[0]
+
+
+def test_a_spectrum_beside_its_flat_edge(rng):
+    noise = rng.uniform(-1, 1, (90, 30))
+    u, s, v = np.linalg.svd(noise, full_matrices=False)
+    s[:2] = 3 * s[0], 2 * s[0]
+    found = Spectrum(tuple(s.tolist()), (90, 30))
+    assert found.strong == hbp.directions((u * s) @ v, "auto").rank == 2
+    assert found.edge == pytest.approx(s[2], rel=0.1)
+    assert str(found).startswith(f"2 of 30 directions above 1.1 times the flat edge of {found.edge:.3g}: {s[0]:.3g} ")
+    assert str(Spectrum((), (0, 0))).startswith("0 of 0 directions")
+    rows = row(1, 0.3, 0.001), row(1, 0.01, 0.001, rank=2)
+    shown = Diagnosis(row(None, 0.0, 0.01), rows[:1], 0.05, {"weight": found})
+    assert f"weight: {found}" in str(shown).splitlines()
+    assert "ranks=(0, 'auto') may be" in shown.advice
+    assert "ranks=" not in Diagnosis(row(None, 0.0, 0.01), rows, 1e-3, {"weight": found}).advice
+
+
 def test_where_nothing_is_within_the_target_exact_backprop_is_recommended():
     found = diagnosis(row(0, 0.3, 0.001), row(1, 0.2, 0.002))
     assert found.recommended is found.exact
@@ -130,8 +187,8 @@ def test_settings_that_nobody_heeds_are_not_recommended():
 def test_rows_are_printed_exact_ones_too():
     found = diagnosis(row(12, 0.3, 0.0123))
     header, exact, other, _ = str(found).splitlines()
-    assert exact.split() == ["exact", "1", "0", "1.0000", "10.00"]
-    assert other.split() == ["12", "1", "0.3", "1.0000", "0", "0.3", "0.25", "12.30"]
+    assert exact.split() == ["exact", "1", "0", "0", "1.0000", "10.00"]
+    assert other.split() == ["12", "1", "0", "0.3", "1.0000", "0", "0.3", "0.25", "12.30"]
     assert len(header) == len(exact) == len(other)
     assert str(row(1, 0.3, math.nan)).split()[-1] == "0.25"
     assert str(Row(1, 1, agreement(2), {}, {"": Report((1.0, 9.0), (1.0, 8.0), exact=False)})).endswith("diverges")
@@ -143,6 +200,13 @@ def test_rows_are_printed_exact_ones_too():
         ({"iterations": ()}, ValueError, "give at least one number of iterations"),
         ({"iterations": (None,)}, TypeError, "iterations=None is a NoneType"),
         ({"chunks": (0,)}, ValueError, "chunk=0 is too small"),
+        ({"iterations": 3}, TypeError, r"iterations=3; give several to compare, as \(3,\)"),
+        ({"ranks": "auto"}, TypeError, r"ranks='auto'; give several to compare, as \('auto',\)"),
+        ({"ranks": ()}, ValueError, "give at least one number of iterations, one chunk and one rank"),
+        ({"ranks": (0, "all")}, ValueError, "rank='all'; give a number of directions, 'auto'"),
+        ({"ranks": (-1,)}, ValueError, "rank=-1 is too small"),
+        ({"ranks": (True,)}, TypeError, "rank=True is a bool"),
+        ({"ranks": (hbp.directions(np.eye(2), 1),)}, TypeError, "ranks holds a Directions; give numbers"),
         ({"target": "5 %"}, ValueError, "target='5 %'; give a relative error"),
         ({"target": math.nan}, ValueError, "target=nan; give a relative error"),
         ({"target": -1}, ValueError, "target=-1; give a relative error"),

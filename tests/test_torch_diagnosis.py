@@ -6,9 +6,11 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import hbp
+import hbp.diagnosis
 
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")
@@ -152,6 +154,102 @@ def test_recurrent_layers(kind):
     assert found.rows[0].increment > found.rows[1].increment
 
 
+def strong(kind: str, hidden: int = 12, **options: Any) -> Any:
+    """A layer as training leaves it: a few strong directions of its recurrent weights, and memory of many steps."""
+    torch.manual_seed(0)
+    layer = getattr(hb, kind)(3, hidden, **options).double()
+    with torch.no_grad():
+        for weight in (getattr(layer, name) for name in layer.recurrent_weights):
+            weight += 2.5 * torch.linalg.qr(torch.randn(len(weight), 3).double())[0] @ torch.eye(3, hidden).double()
+        for bias in (p for name, p in layer.named_parameters() if name.startswith("bias_ih")):
+            bias[hidden : 2 * hidden] += 1.5
+    return layer
+
+
+def last(model: Any, x: Any) -> Any:
+    return model(x)[0][-1].square().mean()
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_rows_with_ranks_are_errors_of_the_gradients_too(kind, capsys):
+    model, x = strong(kind, num_layers=2, bidirectional=True), torch.randn(14, 2, 3, dtype=torch.float64)
+    exact = flat(gradient(model, last, x, None))
+    model.iterations, model.rank = 2, 3
+    flat(torch.autograd.grad(last(model, x), list(model.parameters())))
+    before, taken = model.followed, model.directions
+    found = hb.diagnose(model, last, x, iterations=(0, 1), chunks=(1, 4), ranks=(0, 5, "auto", 12))
+    assert (model.followed, model.directions, model.iterations) == (before, taken, 2)
+    assert [(row.rank, row.chunk, row.iterations) for row in found.rows] == [
+        (rank, chunk, k) for chunk in (1, 4) for rank in (0, 5, "auto", 12) for k in (0, 1)
+    ]
+    for row in found.rows:
+        hb.configure(model, row)
+        assert (model.rank, model.chunk, model.iterations, model.tolerance) == (
+            row.rank,
+            row.chunk,
+            row.iterations,
+            None,
+        )
+        ours = flat(torch.autograd.grad(last(model, x), list(model.parameters())))
+        assert row.overall.error == pytest.approx(float((ours - exact).norm() / exact.norm()), rel=1e-9, abs=1e-12)
+        assert row.overall.error < 1e-12 or row.rank != 12
+    errors = {(row.rank, row.chunk): row.overall.error for row in found.rows if row.iterations == 1}
+    assert errors["auto", 1] < errors[0, 1]
+    printed = capsys.readouterr().out
+    for name, spectrum in found.spectra.items():
+        np.testing.assert_allclose(spectrum.values, np.linalg.svd(getattr(model, name).detach().numpy())[1])
+        assert spectrum.strong == 3
+        assert f"{name}: 3 of 12 directions above" in printed
+    assert list(found.spectra) == model.recurrent_weights
+    hb.configure(model, found.exact)
+    assert (model.rank, model.solver) == (0, hbp.Solver())
+
+
+def test_times_are_those_of_training_where_directions_start_from_the_last(monkeypatch):
+    """The decomposition at the start is no part of them; each rank goes on from its own directions."""
+    model, x = strong("GRU"), torch.randn(9, 2, 3, dtype=torch.float64)
+    started, run = [], hb.recurrent.following.directions
+
+    def told(weight: Any, rank: Any, start: Any, **own: Any) -> Any:
+        started.append((rank, start and start.rank))
+        return run(weight, rank, start, **own)
+
+    monkeypatch.setattr(hb.recurrent.following, "directions", told)
+    hb.diagnose(model, last, x, iterations=(1,), ranks=(2, 0, 4))
+    assert started == [(2, None), (4, None)] + 3 * [(2, 2), (4, 4)]
+
+
+def test_ranks_are_of_the_layers_that_take_them():
+    torch.manual_seed(0)
+    head = hb.Sequential(*(hb.Residual(nn.Linear(12, 12)) for _ in range(3))).double()
+    model = nn.ModuleDict({"net": strong("LSTM"), "head": head})
+    x = torch.randn(9, 2, 3, dtype=torch.float64)
+    found = hb.diagnose(model, lambda m, x: last(lambda x: (m["head"](m["net"](x)[0]),), x), x, ranks=(0, 12))
+    assert list(found.spectra) == ["net.weight_hh_l0"]
+    hb.configure(model, next(row for row in found.rows if row.rank == 12 and row.iterations == 3))
+    assert (model["net"].rank, head.iterations) == (12, 3)
+    hb.configure(model, hbp.Solver(2))
+    assert (model["net"].rank, head.iterations) == (12, 2)  # a solver says nothing of ranks
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (stack(), ValueError, r"rank=8: no layer here takes a rank, a GRU or an LSTM would \(Sequential\); give 0"),
+        (hb.GRU(3, 4), ValueError, "rank=8 is more than hidden_size=4"),
+        (hb.GRU(3, 9, residual=hbp.Zero()), ValueError, "residual and rank are given"),
+    ],
+)
+def test_ranks_that_no_layer_takes_are_refused_before_any_work(model, error, message, capsys):
+    with pytest.raises(error, match=message):
+        hb.diagnose(model, lambda *_: pytest.fail("it ran"), None, ranks=(0, 8))
+    assert not capsys.readouterr().out
+    row = hbp.diagnosis.Row(3, 2, hbp.diagnosis.Agreement(), {}, {}, rank=8)
+    with pytest.raises(error, match=message):
+        hb.configure(model, row)
+    assert (model.iterations, model.chunk) == (None, 1)
+
+
 def test_a_diverging_split_is_named_with_its_cures(capsys):
     class Cancelling(nn.Module):
         def __init__(self) -> None:
@@ -190,6 +288,10 @@ def test_a_plot_is_written(tmp_path):
     pytest.importorskip("matplotlib")
     hb.diagnose(stack(), loss_of, torch.randn(3, D), iterations=(0, 2), chunks=(1, 2), plot=tmp_path / "found.png")
     assert (tmp_path / "found.png").stat().st_size > 10_000
+    model, x = strong("GRU"), torch.randn(9, 2, 3, dtype=torch.float64)
+    hb.diagnose(model, last, x, iterations=(0, 2), ranks=(0, "auto"), plot=tmp_path / "ranks.png")
+    widths = [int.from_bytes((tmp_path / f"{name}.png").read_bytes()[16:20]) for name in ("found", "ranks")]
+    assert widths[0] < widths[1]  # one panel more, of spectra
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,33 @@ def check(path: str | Path) -> None:
         raise PermissionError(f"plot={str(path)!r} cannot be written there; give another file")
 
 
-def draw(rows: Sequence[Any], target: float, path: str | Path) -> None:
-    """Write a picture of a diagnosis' rows: error against k, error by layer, and the increments of the largest k."""
-    figure = new_figure()
-    overall, by_layer, increments = figure.subplots(1, 3)
-    for chunk in dict.fromkeys(row.chunk for row in rows):
-        own = sorted((row for row in rows if row.chunk == chunk), key=lambda row: row.iterations or 0)
-        overall.plot([row.iterations for row in own], [row.overall.error for row in own], "o-", label=f"chunk {chunk}")
+def draw(rows: Sequence[Any], spectra: Mapping[str, Any], target: float, path: str | Path) -> None:
+    """Write a picture of a diagnosis: error against k, error by layer, the increments of the largest k, and spectra."""
+    figure = new_figure(17 if spectra else 13)
+    overall, by_layer, increments, *others = figure.subplots(1, 4 if spectra else 3)
+    for kind in dict.fromkeys((row.chunk, row.rank) for row in rows):
+        own = sorted((row for row in rows if (row.chunk, row.rank) == kind), key=lambda row: row.iterations or 0)
+        label = _kind(own[0])
+        overall.plot([row.iterations for row in own], [row.overall.error for row in own], "o-", label=label)
         for name, report in own[-1].reports.items():
-            increments.plot(report.shares, "o-", label=f"{name or 'all'}, chunk {chunk}")
+            increments.plot(report.shares, "o-", label=f"{name or 'all'}, {label}")
     overall.axhline(target, color="gray", linestyle=":", label="target")
     _logarithmic(overall, "k", "relative error of the gradient")
     _logarithmic(increments, "round", "increment / solution")
     for row in rows:
-        if row.chunk == rows[0].chunk:
+        if (row.chunk, row.rank) == (rows[0].chunk, rows[0].rank):
             by_layer.plot([part.error for part in row.layers.values()], ".-", label=f"k = {row.iterations}")
-    _logarithmic(by_layer, "layer, in the model's order", f"relative error, chunk {rows[0].chunk}")
+    _logarithmic(by_layer, "layer, in the model's order", f"relative error, {_kind(rows[0])}")
+    for axes in others:
+        for i, (name, spectrum) in enumerate(spectra.items()):
+            axes.plot(range(1, len(spectrum.values) + 1), spectrum.values, f".-C{i}", label=name)
+            axes.axhline(spectrum.edge, color=f"C{i}", linestyle=":")
+        _logarithmic(axes, "direction", "singular value (dotted: the flat edge)")
     figure.savefig(path, dpi=120)
+
+
+def _kind(row: Any) -> str:
+    return f"chunk {row.chunk}" + (f", rank {row.rank}" if row.rank else "")
 
 
 def new_figure(width: float = 13, height: float = 4) -> Any:

@@ -18,6 +18,7 @@ from hbp.core.increments import Report
 from hbp.core.registry import load
 from hbp.core.solver import Solver
 from hbp.diagnosis import Diagnosis, Settings, diagnosed
+from hbp.directions import Rank
 
 
 def diagnose(
@@ -59,7 +60,7 @@ def diagnose(
     ...     return (hb.sequential(layer, params, x, iterations=iterations, chunk=chunk) ** 2).sum()
     >>> found = diagnose(loss, 0.1 * jnp.ones((4, 3, 3)), jnp.ones(3), iterations=(0, 4))
     ... # doctest: +ELLIPSIS
-        k  chunk     error   cosine ...
+        k chunk  rank    error  cosine ...
     >>> [row.iterations for row in found.within], found.recommended.overall.error <= 0.05
     ([4], True)
     """
@@ -69,21 +70,21 @@ def diagnose(
     value = loss(params, batch, iterations=None, chunk=1)
     if jnp.shape(value) or not jnp.isfinite(value):
         raise ValueError(f"the loss is {value}; a diagnosis needs a finite scalar")
-    programs: dict[Solver, Callable[..., Tree]] = {}
+    programs: dict[tuple[Solver, Rank], Callable[..., Tree]] = {}
 
-    def gradient(solver: Solver) -> tuple[dict[str, list[Array]], dict[str, Report]]:
+    def gradient(solver: Solver, rank: Rank) -> tuple[dict[str, list[Array]], dict[str, Report]]:
         one = partial(loss, iterations=solver.iterations, chunk=solver.chunk)
-        programs[solver] = jax.jit(jax.grad(one)).lower(params, batch).compile()  # outlives the caches
+        programs[solver, rank] = jax.jit(jax.grad(one)).lower(params, batch).compile()  # outlives the caches
         reports = {} if solver.exact else _reports(one, params, batch)
         found: dict[str, list[Array]] = {}
-        on_host = jax.device_get(programs[solver](params, batch))
+        on_host = jax.device_get(programs[solver, rank](params, batch))
         for path, leaf in jax.tree_util.tree_leaves_with_path(on_host):
             found.setdefault(jax.tree_util.keystr(path[:1]), []).append(leaf)
         return found, reports
 
-    def seconds(solver: Solver) -> float:
+    def seconds(solver: Solver, rank: Rank) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(programs[solver](params, batch))
+        jax.block_until_ready(programs[solver, rank](params, batch))
         return time.perf_counter() - start
 
     # On the host, where comparing gradients compiles nothing.

@@ -7,10 +7,11 @@ from typing import Any
 from hbp.backends._surface import *
 from hbp.backends._surface import COMMON, bound, jit
 from hbp.backends.torch.array import TorchBackend
+from hbp.backends.torch.damping import estimate_damping
 from hbp.backends.torch.depth.exchange import AllGather, HillisSteele, Transpose
 from hbp.backends.torch.depth.gradients import clip_grad_norm_
 from hbp.backends.torch.depth.parallel import DepthParallel
-from hbp.backends.torch.diagnosis import diagnose, estimate_damping
+from hbp.backends.torch.diagnosis import diagnose
 from hbp.backends.torch.options import configure, follow, set_iterations, step
 from hbp.backends.torch.planning import plan
 from hbp.backends.torch.recurrent.gated import scan

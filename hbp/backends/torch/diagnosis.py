@@ -1,30 +1,27 @@
-"""How far Highway-BP's gradients of a model are from exact, and which damping suits its layers."""
+"""How far Highway-BP's gradients of a model are from exact."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.depth.piece import Piece
-from hbp.backends.torch.options import Scheduled, scheduled
+from hbp.backends.torch.options import Ranked, Scheduled, ranked, scheduled
 from hbp.backends.torch.recurrent.modules import GRU, LSTM
 from hbp.backends.torch.stack.conversion import ConvertedForward
-from hbp.backends.torch.stack.graphs import Call
-from hbp.backends.torch.stack.options import Stack
-from hbp.backends.torch.stack.run import recorded
 from hbp.backends.torch.stack.sequential import Sequential
-from hbp.core.backend import check_count
 from hbp.core.increments import Report
 from hbp.core.solver import Solver
-from hbp.diagnosis import Diagnosis, Settings, diagnosed
+from hbp.diagnosis import Diagnosis, Settings, Spectrum, diagnosed
+from hbp.directions import Rank
 
 BACKEND = TorchBackend()
 
@@ -36,47 +33,53 @@ def diagnose(
     *,
     iterations: Sequence[int] = (0, 1, 2, 3, 5, 8),
     chunks: Sequence[int] = (1,),
+    ranks: Sequence[int | Literal["auto"]] = (0,),
     target: float = 0.05,
     plot: str | Path | None = None,
 ) -> Diagnosis:
-    """Compare Highway-BP's gradient of one batch with the exact one, for several k and chunks.
+    """Compare Highway-BP's gradient of one batch with the exact one, for several k, chunks and ranks.
 
     All of the model's layers of this library and converted stacks take each setting in turn. Options, gradients,
     random state and buffers are afterwards what they were. Rows are printed as they come; then all settings are timed
-    in turns, and the table is printed with the medians.
+    in turns, and the table is printed with the medians, and the spectra of recurrent weights beside the flat edge
+    that `hbp.directions` judges them by. A fixed k with a rank now and then amplifies in training: give a tolerance
+    beside it.
 
     Args:
         model: a module with layers of this library or converted ones.
         loss_fn: ``loss_fn(model, batch)``, a scalar tensor.
         batch: what it takes.
         iterations, chunks: the settings to try.
+        ranks: of the GRUs and LSTMs, each with every k and chunk; "auto" is what rises above the flat edge.
         target: the relative error of the parameters' gradient that is good enough.
         plot: a file for a picture.
 
     Returns:
         The figures: ``exact`` and ``rows``; ``within``, the rows within the target; ``recommended``, the fastest of
-        those and exact backprop, to hand to `configure`; ``advice``.
+        those and exact backprop, to hand to `configure`; ``worse``, the rows whose rank is worse than none;
+        ``spectra``; ``advice``.
 
     Raises:
-        ValueError: no such layers, no parameters that need gradients, a loss that is no finite scalar, counts that are
-            none, or a target that is no number.
+        TypeError, ValueError: no such layers, none that takes a rank, no parameters that need gradients, a loss that is
+            no finite scalar, counts or ranks that are none, or a target that is no number.
         ImportError, ValueError, OSError: the picture could not be drawn or written.
 
     >>> import hbp.backends.torch as hb
     >>> model = hb.Sequential(*(hb.Residual(nn.Linear(4, 4)) for _ in range(3)))
     >>> found = diagnose(model, lambda model, x: model(x).square().mean(), torch.randn(8, 4), iterations=(0, 3))
     ... # doctest: +ELLIPSIS
-        k  chunk     error   cosine ...
+        k chunk  rank    error  cosine ...
     >>> round(found.rows[1].overall.error, 4), [row.iterations for row in found.within]
     (0.0, [3])
     >>> hb.configure(model, found.recommended)
     """
     layers = scheduled(model)
     check_one_process(layers.values())
-    settings = Settings(iterations, chunks, target, plot)
+    settings = Settings(iterations, chunks, target, plot, ranks)
+    taking = ranked(layers, *settings.ranks)
     steps = Steps.of(model, loss_fn, batch, layers)
     with undisturbed(model, layers.values()):
-        return diagnosed(settings, BACKEND, steps.gradient, steps.seconds)
+        return diagnosed(settings, BACKEND, steps.gradient, steps.seconds, _spectra(taking))
 
 
 def check_one_process(layers: Iterable[Scheduled]) -> None:
@@ -88,60 +91,15 @@ def check_one_process(layers: Iterable[Scheduled]) -> None:
         )
 
 
-def estimate_damping(stack: nn.Module, batch: Any, *, samples: int = 8, assign: bool = False) -> list[float]:
-    """Estimate each layer's damping gamma, which brings the residual map (1 - gamma) R nearest to its Jacobian.
-
-    The least-squares choice is 1 - gamma = <R, J> / <R, R>, whose inner products of matrices are estimated by pulling
-    random signs back (Hutchinson). For R = I that is gamma = -tr(B) / d with the block B = J - I.
-
-    Args:
-        stack: a `Sequential`, or a module with one converted stack; its residual maps count undamped.
-        batch: the module's input: a tensor, or a tuple or mapping of arguments.
-        samples: random vectors per layer.
-        assign: set the stack's ``damping`` to the result.
-
-    Returns:
-        gamma of each layer.
-
-    Raises:
-        ValueError: no stack, or several; nothing that needs gradients.
-
-    >>> import hbp.backends.torch as hb
-    >>> halving = nn.Linear(4, 4, bias=False)
-    >>> halving.weight = nn.Parameter(0.5 * torch.eye(4))  # the whole layer: J = I / 2
-    >>> estimate_damping(hb.Sequential(halving, halving), torch.ones(3, 4))
-    [0.5, 0.5]
-    """
-    check_count("samples", samples, 1)
-    layers = one_stack(stack, "give a module with one")
-    check_one_process([layers])
-
-    def run() -> None:
-        if isinstance(batch, Mapping):
-            stack(**batch)
-        else:
-            stack(*batch) if isinstance(batch, tuple | list) else stack(batch)
-
-    with undisturbed(stack, [layers]), torch.enable_grad():
-        calls = calls_of(layers, run)
-        first = calls[0].start
-        residual = layers.residual_maps(calls, first, damped=False)
-        generator = torch.Generator(first.device).manual_seed(0)
-        gammas = []
-        for i, call in enumerate(calls):
-            inner = size = 0.0
-            for _ in range(samples):
-                signs = torch.randint(0, 2, first.shape, generator=generator, device=first.device)
-                v = (2 * signs - 1).to(first.dtype)
-                along = residual[i].T.mv(v)
-                options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-                (pulled,) = torch.autograd.grad(call.ends[0], call.start, v, **options)
-                inner += float((along * pulled).sum())
-                size += float(along.square().sum())
-            gammas.append(1 - inner / size if size else 0.0)
-    if assign:
-        layers.damping = gammas
-    return gammas
+def _spectra(layers: Mapping[str, Ranked]) -> dict[str, Spectrum]:
+    """Of the recurrent weights of layers that take a rank, by the names of the parameters."""
+    found = {}
+    for name, layer in layers.items():
+        for own in layer.recurrent_weights:
+            weight = getattr(layer, own).detach()
+            values = torch.linalg.svdvals(BACKEND.widened(weight)).tolist()
+            found[f"{name}.{own}" if name else own] = Spectrum(tuple(values), tuple(weight.shape))
+    return found
 
 
 @dataclass(frozen=True)
@@ -155,6 +113,8 @@ class Steps:
     parameters: Mapping[str, Tensor]
     groups: Mapping[str, Sequence[str]]
     """The parameters' names by layer."""
+    followed: dict[tuple[str, Rank], Any] = field(default_factory=dict)
+    """By a layer's name and a rank: what follows its directions, which a later step starts from, as in training."""
 
     @classmethod
     def of(cls, model: nn.Module, loss_fn: Any, batch: Any, layers: Mapping[str, Scheduled]) -> Steps:
@@ -164,22 +124,27 @@ class Steps:
             raise ValueError(f"no parameter of this {type(model).__name__} needs gradients")
         return cls(model, loss_fn, batch, layers, parameters, _grouped(model, parameters))
 
-    def gradient(self, solver: Solver) -> tuple[dict[str, list[Tensor]], dict[str, Report]]:
+    def gradient(self, solver: Solver, rank: Rank = 0) -> tuple[dict[str, list[Tensor]], dict[str, Report]]:
         """The gradient by layer, and the reports of the backward passes."""
-        found = dict(zip(self.parameters, self._run(solver, watched=True)[1], strict=True))
+        found = dict(zip(self.parameters, self._run(solver, rank, watched=True)[1], strict=True))
         reports = {
             name: max(p.reports, key=lambda report: report.shares[-1]) for name, p in self.layers.items() if p.reports
         }
         return {group: [found[name] for name in names] for group, names in self.groups.items()}, reports
 
-    def seconds(self, solver: Solver) -> float:
+    def seconds(self, solver: Solver, rank: Rank = 0) -> float:
         """The duration of forward and backward."""
-        return self._run(solver, watched=False)[0]  # watching costs norms
+        return self._run(solver, rank, watched=False)[0]  # watching costs norms
 
-    def _run(self, solver: Solver, watched: bool) -> tuple[float, list[Tensor]]:
+    def _run(self, solver: Solver, rank: Rank, watched: bool) -> tuple[float, list[Tensor]]:
         """The duration of forward and backward, and the parameters' gradients."""
-        for part in self.layers.values():
+        for name, part in self.layers.items():
             part.solver, part.reports = solver, [] if watched else None
+            if isinstance(part, Ranked):
+                part.followed = self.followed.get((name, rank), ())
+                if part.rank != rank:
+                    part.rank = rank
+                    self.followed[name, rank] = part.followed
         with _restored(self.model), torch.enable_grad():
             start = time.perf_counter()
             loss = self.loss_fn(self.model, self.batch)
@@ -194,29 +159,10 @@ class Steps:
             return time.perf_counter() - start, list(found)
 
 
-def one_stack(model: nn.Module, cure: str) -> Stack:
-    """The stack inside a model; ValueError unless there is one."""
-    found = [layers for layers in scheduled(model).values() if isinstance(layers, Stack)]
-    if len(found) != 1:
-        raise ValueError(f"this {type(model).__name__} has {len(found)} stacks; {cure}")
-    return found[0]
-
-
-def calls_of(layers: Stack, run: Callable[[], Any]) -> list[Call]:
-    """The calls of a stack's layers while something runs, each with its graph; ValueError where there are none."""
-    layers.solver = Solver(0)
-    with recorded() as seen:
-        run()
-    calls = [call for owner, call in seen if owner is layers]
-    if not calls:
-        raise ValueError("no layer of the stack ran with gradients; let a parameter or the input need them")
-    return calls
-
-
 @contextmanager
 def undisturbed(model: nn.Module, layers: Iterable[Scheduled]) -> Iterator[None]:
     """Put the options of layers, the random state and the model's buffers back at the end."""
-    names = ("solver", "reports", "verdict")
+    names = ("solver", "reports", "verdict", "followed")
     before = [(part, {name: getattr(part, name) for name in names if hasattr(part, name)}) for part in layers]
     try:
         with _restored(model):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from hbp.core.increments import Report
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
 from hbp.diagnosis import Row
+from hbp.directions import Rank
 
 
 class _Field:
@@ -63,15 +66,34 @@ class Scheduled:
         )
 
 
+class Ranked(Scheduled):
+    """A layer whose residual path may take strong directions of its weights: ``rank`` is an attribute."""
+
+    rank: Any
+    followed: tuple[Any, ...] = ()
+    """What follows these directions, where there is a rank."""
+
+    @property
+    def recurrent_weights(self) -> list[str]:
+        """The names of the parameters of which it takes directions."""
+        raise NotImplementedError
+
+    def check_rank(self, rank: Any) -> Rank:
+        """The rank, checked for this layer; TypeError or ValueError where it takes none such."""
+        raise NotImplementedError
+
+
 def configure(module: nn.Module, setting: Solver | Row) -> None:
     """Set iterations, chunk and tolerance on all of this library's layers and converted stacks inside a module.
 
     Args:
         module: a module with such layers.
-        setting: all three, as an `hbp.Solver` or a row of a diagnosis.
+        setting: all three, as an `hbp.Solver`, which leaves ranks as they are, or a row of a diagnosis, which sets the
+            rank too, on the layers that take one.
 
     Raises:
-        TypeError, ValueError: there are no such layers, or it is no setting; nothing is set then.
+        TypeError, ValueError: there are no such layers, none that takes a rank where the row has one, or it is no
+            setting; nothing is set then.
 
     >>> import hbp, hbp.backends.torch as hb
     >>> model = nn.Sequential(hb.GRU(2, 2), nn.Linear(2, 2))
@@ -83,8 +105,29 @@ def configure(module: nn.Module, setting: Solver | Row) -> None:
     if not isinstance(solver, Solver):
         kind = type(setting).__name__
         raise TypeError(f"setting is a {kind}; give an hbp.Solver, or a row, as diagnose(...).recommended")
-    for layers in scheduled(module).values():
+    found, ranks = scheduled(module), [setting.rank] if isinstance(setting, Row) else []
+    taking = ranked(found, *ranks).values()
+    for layers in found.values():
         layers.solver = solver
+    for layer, rank in product(taking, ranks):
+        layer.rank = rank
+
+
+def ranked(layers: Mapping[str, Scheduled], *ranks: Any) -> dict[str, Ranked]:
+    """Those of a module's layers that take a rank, by name, after checking that they take these.
+
+    Raises:
+        TypeError, ValueError: there is none, for another rank than 0, or it does not take one of them.
+    """
+    found = {name: part for name, part in layers.items() if isinstance(part, Ranked)}
+    asked = [rank for rank in ranks if rank]
+    if asked and not found:
+        kinds = ", ".join(dict.fromkeys(type(part).__name__ for part in layers.values()))
+        raise ValueError(f"rank={asked[0]!r}: no layer here takes a rank, a GRU or an LSTM would ({kinds}); give 0")
+    for part in found.values():
+        for rank in ranks:
+            part.check_rank(rank)
+    return found
 
 
 def set_iterations(module: nn.Module, iterations: int | Schedule | None) -> None:

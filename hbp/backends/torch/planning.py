@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hbp import diagnosis
-from hbp.backends.torch.diagnosis import BACKEND, Steps, calls_of, check_one_process, one_stack, undisturbed
+from hbp.backends.torch.damping import calls_of, one_stack
+from hbp.backends.torch.diagnosis import BACKEND, Steps, check_one_process, undisturbed
 from hbp.backends.torch.options import Scheduled, scheduled
 from hbp.backends.torch.stack.conversion import convert, revert
 from hbp.backends.torch.stack.graphs import Call, pull_back
@@ -71,7 +72,7 @@ def plan(
     >>> def loss(model, x):
     ...     return model(x).square().mean()
     >>> found = plan(model, loss, torch.randn(8, 4), stages=(2, 4), iterations=(3,))  # doctest: +ELLIPSIS
-        k  chunk     error   cosine ...
+        k chunk  rank    error  cosine ...
     >>> found.errors[4, 3] < 1e-5, sorted(found.costs)  # exact from k = P - 1
     (True, [2, 4])
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from hbp.backends.torch.autograd import opaque, refuse_transforms, transformed
-from hbp.backends.torch.options import Scheduled
+from hbp.backends.torch.options import Ranked
 from hbp.backends.torch.recurrent.adjoint import BACKEND
 from hbp.backends.torch.recurrent.choice import Exact, Path, choose
 from hbp.backends.torch.recurrent.following import Followed, check
@@ -28,14 +28,13 @@ from hbp.core.solver import Solver
 from hbp.directions import Directions, Rank
 
 
-class _Recurrent(Scheduled, torch.nn.RNNBase):
+class _Recurrent(Ranked, torch.nn.RNNBase):
     """What `GRU` and `LSTM` share. Their options are plain attributes; each forward reads them."""
 
     compiled: bool | None = False  # here for layers that were stored before there were these options
     keep: Keep = "gates"
-    _rank: Rank = 0
-    _followed: tuple[Followed, ...] = ()
-    """Of each direction of each layer, where there is a rank."""
+    followed: tuple[Followed, ...] = ()
+    """What follows the strong directions of each direction of each layer, where there is a rank."""
 
     def __init__(
         self,
@@ -63,18 +62,24 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
     @property
     def rank(self) -> Rank:
         """How many strong directions of the recurrent weights the residual path takes; setting it checks it."""
-        return self._rank
+        return self.followed[0].rank if self.followed else 0
 
     @rank.setter
     def rank(self, rank: Any) -> None:
-        self._rank = check(rank, self.hidden_size, self.residual)
-        names = [name for name in self._flat_weights_names if name.startswith("weight_hh")]
-        self._followed = tuple(Followed(self._rank, name) for name in names) if self._rank else ()
+        rank = self.check_rank(rank)
+        self.followed = tuple(Followed(rank, name) for name in self.recurrent_weights) if rank else ()
+
+    def check_rank(self, rank: Any) -> Rank:
+        return check(rank, self.hidden_size, self.residual)
+
+    @property
+    def recurrent_weights(self) -> list[str]:
+        return [name for name in self._flat_weights_names if name.startswith("weight_hh")]
 
     @property
     def directions(self) -> list[Directions | None]:
         """What the last backward pass took, of each direction of each layer: None before, and nothing at rank 0."""
-        return [followed.latest for followed in self._followed]
+        return [followed.latest for followed in self.followed]
 
     def options(self) -> Options:
         """The checked options of the next backward pass, the schedule's value for this training step among them.
@@ -92,7 +97,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
         check_keep(self.keep)
         if self.residual is not None and not isinstance(self.residual, LinearOperator):
             raise TypeError(f"residual is a {type(self.residual).__name__}; give an operator, as hbp.Zero(), or None")
-        check(self.rank, self.hidden_size, self.residual)
+        self.check_rank(self.rank)
         forward = Vendor(self.mode == "LSTM", self.bias, self.training, self.bidirectional)
         return Options(forward, self.current(), self.residual)
 
@@ -201,7 +206,7 @@ class _Recurrent(Scheduled, torch.nn.RNNBase):
             weights = self._flat_weights[layer * count : (layer + 1) * count]
             own = tuple(state[layer * directions : (layer + 1) * directions] for state in states)
             run = RecurrentLayer.apply if torch.is_grad_enabled() else without_gradient
-            followed = self._followed[layer * directions : (layer + 1) * directions]
+            followed = self.followed[layer * directions : (layer + 1) * directions]
             x, *final = run(replace(options, followed=followed), sequence.batch_sizes, x, *own, *weights)
             finals.append(final)
         return x, tuple(torch.cat(state) for state in zip(*finals, strict=True))
