@@ -60,8 +60,8 @@ class Equation:
             return self._exact()
         g = self._scanned(self.c)
         if self.solver == Solver(self.solver.iterations, self.solver.chunk):  # nothing that looks at increments
-            return self._filled(self.backend.repeat(lambda g: self._round(g, self.c), g, self.most))
-        return self._filled(self.backend.repeat(self.advance, (g, g), self.most, self)[1])
+            return self.filled(self.backend.repeat(lambda g: self._round(g, self.c), g, self.most))
+        return self.filled(self.backend.repeat(self.advance, (g, g), self.most, self)[1])
 
     def iterates(self, filled: bool = True) -> Iterator[Iterate]:
         """The iterates that the solver would go through; else than ``filled`` only their sizes."""
@@ -70,7 +70,7 @@ class Equation:
             state = self.advance(state) if k else state
             sizes = self.measure(state)
             # The iteration goes on from its own arrays, whatever becomes of these.
-            yield Iterate(k, self.backend.concat([self._filled(state[1])]) if filled else None, *sizes)
+            yield Iterate(k, self.backend.concat([self.filled(state[1])]) if filled else None, *sizes)
             if self.settled(sizes):
                 return
 
@@ -112,7 +112,7 @@ class Equation:
         g = scan(layer_by_layer, self.cotangent, len(self.chain), reverse=True)
         return self.backend.concat([g, self.cotangent[None]])
 
-    def _filled(self, g: Array) -> Array:
+    def filled(self, g: Array) -> Array:
         """``g`` at all states of the chain, from its values at the stage boundaries."""
         if self.coarse is self.chain:
             return g
