@@ -106,7 +106,7 @@ class JaxBackend(ArrayBackend):
     def norm(self, x: Array) -> Any:
         if not isinstance(x, jax.core.Tracer):
             return super().norm(x)
-        wide, axes = self.widened(x).reshape(-1), tuple(self.measured(x))
+        wide, axes = self.widened(x).reshape(-1), in_mesh_order(self.measured(x))
         largest = jnp.max(jnp.abs(wide), initial=0)
         largest = lax.pmax(largest, axes) if axes else largest
         squares = jnp.sum((wide / jnp.where(largest == 0, 1, largest)) ** 2)
@@ -117,6 +117,11 @@ def mesh_axes(x: Array) -> set[Any]:
     """The mesh axes over which an array varies, as far as JAX keeps account of them."""
     kind: Any = jax.typeof(x) if hasattr(jax, "typeof") else None
     return set(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))
+
+
+def in_mesh_order(axes: set[Any]) -> tuple[Any, ...]:
+    """Mesh axes in the order of the mesh: a set's differs from process to process, which would then wait in vain."""
+    return tuple(sorted(axes, key=jax.sharding.get_abstract_mesh().axis_names.index))
 
 
 def _uncounted() -> set[Any]:
@@ -143,7 +148,7 @@ def _tell_once(gauge: Gauge, sizes: Array, count: Any, axes: set[Any]) -> None:
         jax.debug.callback(arrived, sizes, count)
 
     if axes:
-        lax.cond(sum(lax.axis_index(name) for name in axes) == 0, tell, lambda: None)
+        lax.cond(lax.axis_index(in_mesh_order(axes)) == 0, tell, lambda: None)
     else:
         tell()
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hbp.backends.jax.array import JaxBackend, mesh_axes
+from hbp.backends.jax.array import JaxBackend, in_mesh_order, mesh_axes
 from hbp.backends.jax.checks import check_draws, check_maps_vary
 from hbp.core.adjoint import highway
 from hbp.core.backend import Array, Backend, dtype_name
@@ -185,7 +185,7 @@ def _at_ends(dy: Array, size: int) -> Array:
 
 def as_varying_as(primal: Array, cotangent: Array) -> Array:
     """A cotangent, summed over those mesh axes of a `jax.shard_map` over which only it varies."""
-    axes = tuple(mesh_axes(cotangent) - mesh_axes(primal))
+    axes = in_mesh_order(mesh_axes(cotangent) - mesh_axes(primal))
     return lax.psum(cotangent, axes) if axes else cotangent
 
 
@@ -202,7 +202,7 @@ def settled(run: Callable[[Tree], Tree], state: Tree) -> tuple[Tree, Tree]:
 
 def varying(x: Array, *like: Tree) -> Array:
     """An array, counted as varying over all mesh axes of a `jax.shard_map` over which anything in some trees does."""
-    axes = tuple(set().union(*map(mesh_axes, jax.tree.leaves(like))) - mesh_axes(x))
+    axes = in_mesh_order(set().union(*map(mesh_axes, jax.tree.leaves(like))) - mesh_axes(x))
     if not axes:
         return x
     return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
