@@ -3,64 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
 
 from hbp import Dense, Diagonal, Identity, LinearOperator, LowRank, Pair, Scalar, Zero
+from hbp.testing import chunked_path_sum, path_sum, suffix_loop
 
-
-def path_sum(R: np.ndarray, B: np.ndarray, c: np.ndarray, k: int) -> np.ndarray:
-    """Iterate k by its definition: the sum over all residual/block paths that cross at most k blocks.
-
-    ``R`` and ``B`` are (L, d, d) in forward orientation, ``c`` is (L+1, d): 2^m paths lead from x[j] to x[j-m].
-    """
-    length = len(c) - 1
-    g = np.zeros(c.shape)
-    for i in range(length + 1):
-        for j in range(i, length + 1):
-            for crosses in product((False, True), repeat=j - i):
-                if sum(crosses) <= k:
-                    v = c[j]
-                    for layer in range(j - 1, i - 1, -1):
-                        v = (B if crosses[layer - i] else R)[layer].T @ v
-                    g[i] += v
-    return g
-
-
-def chunked_path_sum(R: np.ndarray, B: np.ndarray, c: np.ndarray, k: int, S: int) -> np.ndarray:
-    """Iterate k with stages of S layers: iterate k of the chain of stages, exact backprop inside each stage."""
-    length, d = len(c) - 1, c.shape[1]
-    bounds = [*range(0, length, S), length]
-    stages = list(pairwise(bounds))
-    coarse_R, coarse_B, entering = np.zeros((len(stages), d, d)), np.zeros((len(stages), d, d)), np.zeros((0, d))
-    for s, (start, end) in enumerate(stages):
-        residual = whole = np.eye(d)
-        entered = np.zeros(d)
-        for i in range(start, end):
-            entered = entered + whole.T @ c[i]
-            residual, whole = R[i] @ residual, (R[i] + B[i]) @ whole
-        coarse_R[s], coarse_B[s] = residual, whole - residual
-        entering = np.vstack([entering, entered])
-    boundary = path_sum(coarse_R, coarse_B, np.vstack([entering, c[-1]]), k)
-    g = np.zeros(c.shape)
-    g[length] = boundary[-1]
-    for s, (start, end) in enumerate(stages):
-        v = boundary[s + 1]
-        for i in range(end - 1, start, -1):
-            v = (R[i] + B[i]).T @ v + c[i]
-            g[i] = v
-        g[start] = boundary[s]
-    return g
-
-
-def suffix_loop(A: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """``g[i] = A[i] g[i+1] + c[i]`` with explicit matrices (L, d, d) and ``c`` (L+1, d)."""
-    g = np.array(c)
-    for i in range(len(c) - 2, -1, -1):
-        g[i] = A[i] @ g[i + 1] + c[i]
-    return g
+__all__ = [
+    "KINDS",
+    "chunked_path_sum",
+    "converted",
+    "fits",
+    "matrix_pullbacks",
+    "path_sum",
+    "residual_case",
+    "suffix_loop",
+]
 
 
 KINDS = (
