@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from statistics import fmean
 
 import pytest
 
@@ -15,7 +16,7 @@ from hbp.core import registry
 demo = pytest.mark.skipif(
     any(find_spec(module) is None for module in cli.compare.DEMO), reason="the extra hbp[demo] is not installed"
 )
-ROWS = 1 + 2 + 3 * 2  # exact, the fixed point at k = 1 and 3, highway at k = 0, 1, 3 with both chunks
+ROWS = 1 + 2 + 2 * 2 + 1  # exact, the fixed point at k = 1 and 3, highway at these with both chunks, and with a rank
 
 
 def compare(*arguments):
@@ -41,17 +42,22 @@ def test_compare_writes_all_it_promises(cell, tmp_path, capsys):
         assert len(run["losses"]) == len(run["backward_ms"]) == run["steps"] == 3
         assert 0 <= run["test_accuracy"] <= 1
         assert 0 < run["backward_share"] < 1
-        k, S = run["iterations"], run["chunk"]
+        k, S = run["mean_rounds"], run["chunk"]
+        assert k == (run["iterations"] if run["tolerance"] is None else fmean(run["rounds"]))
         assert run["block_steps"] == (64 if k is None else S * (k + 1))
         assert run["losses"][0] == pytest.approx(document["runs"][0]["losses"][0], rel=1e-5)  # the same start
     cosines = {(run["method"], run["iterations"], run["chunk"]): run["mean_cosine"] for run in document["runs"]}
     assert cosines["exact", None, 1] == pytest.approx(1)
-    assert max(cosines["fixed point", 1, 1], cosines["highway", 0, 1]) < cosines["highway", 3, 8] - 1e-3
+    assert max(cosines["fixed point", 1, 1], cosines["highway", 1, 1]) < cosines["highway", 3, 8] - 1e-3
+    (ranked,) = [run for run in document["runs"] if run["rank"]]
+    assert (ranked["rank"], ranked["iterations"], ranked["tolerance"], len(ranked["rounds"])) == (8, None, 0.1, 3)
+    assert 1 <= ranked["mean_rounds"] <= 4
+    assert ranked["mean_cosine"] > 0.99
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert " block " in printed
     assert "…" not in printed  # 80 columns hold the table
-    assert printed.count("highway") == 6
+    assert printed.count("highway") == 5
     assert printed.count("fixed point") == 2
 
 
@@ -68,16 +74,21 @@ def test_enough_iterations_or_chunks_train_as_exact_backprop_does(tmp_path):
         "--chunks",
         "1",
         "8",
+        "--ranks",
+        "0",
+        "32",
+        "--tolerance",
+        "none",
         "--output",
         str(tmp_path),
     ]
     assert cli.main(arguments) == 0
     by_options = {
-        (run["method"], run["iterations"], run["chunk"]): run
+        (run["method"], run["iterations"], run["rank"] or run["chunk"]): run
         for run in json.loads((tmp_path / "compare.json").read_text())["runs"]
     }
     exact = by_options["exact", None, 1]["losses"]
-    for options in (("fixed point", 64, 1), ("highway", 64, 1), ("highway", 8, 8)):
+    for options in (("fixed point", 64, 1), ("highway", 64, 1), ("highway", 8, 8), ("highway", 1, 32)):
         assert by_options[options]["losses"] == pytest.approx(exact, rel=1e-4)
     assert by_options["fixed point", 1, 1]["mean_cosine"] < 0.999
 
@@ -108,7 +119,7 @@ def test_interrupted_compare_keeps_what_was_finished(at, tmp_path, capsys, monke
         step(trainer, x, y)
 
     monkeypatch.setattr(compare.Trainer, "step", interrupted)
-    arguments = ["--steps", "1000", "--iterations", "1", "--chunks", "1", "--output", str(tmp_path)]  # three methods
+    arguments = ["--steps", "1000", "--iterations", "1", "--chunks", "1", "--ranks", "0", "--output", str(tmp_path)]
     assert cli.main(["compare", *arguments]) == cli.INTERRUPTED
     printed = capsys.readouterr().out
     if at < 3:
@@ -132,6 +143,12 @@ def test_interrupted_compare_keeps_what_was_finished(at, tmp_path, capsys, monke
         (["--threads", "0"], "'0' is not an integer of at least 1"),
         (["--threads", "100000"], "--threads 100000 is more than the"),
         (["--backend", "tensorflow"], "invalid choice: 'tensorflow'"),
+        (["--ranks", "many"], "'many' is not an integer of at least 0"),
+        (["--ranks", "33"], "--ranks 33 is more than the 32 units; give at most that"),
+        (["--ranks", "auto", "0", "auto"], "--ranks names a value twice: auto 0 auto"),
+        (["--ranks", "auto", "--backend", "jax"], "--ranks auto needs the weights' numbers"),
+        (["--tolerance", "2"], "'2' is no fraction of the gradient from 0 to 1, nor none"),
+        (["--tolerance", "nan"], "'nan' is no fraction of the gradient from 0 to 1, nor none"),
         (["--chunks", "8", "8"], "--chunks names a value twice: 8 8"),
         (["--output", "/dev/null/folder"], "cannot write to the output folder '/dev/null/folder'"),
     ],

@@ -68,8 +68,20 @@ def test_training_has_the_threads_it_is_given_and_gives_them_back(threads, libra
     before = threads_of(library.name)
     assert set(before[0].values()) == {2}
     chosen = [] if threads is None else ["--threads", str(threads)]
-    arguments = ["--backend", library.name, "--steps", "1", "--iterations", "0", "--chunks", "1", *chosen]
-    assert cli.main(["compare", *arguments, "--output", str(tmp_path)]) == 0
+    arguments = [
+        "--backend",
+        library.name,
+        "--steps",
+        "1",
+        "--iterations",
+        "0",
+        "--chunks",
+        "1",
+        "--ranks",
+        "0",
+        *chosen,
+    ]
+    assert cli.main(["compare", *arguments, "--ranks", "0", "--output", str(tmp_path)]) == 0
     assert len(seen) == 2
     expected = threads or 1
     for pools, variables in seen:
@@ -134,7 +146,11 @@ def test_the_time_axis_is_the_tables_time_and_not_the_machines_load(figure):
 @pytest.mark.parametrize("chunks", [(1, 8), (1, 2, 4, 8, 16)])
 def test_legends_lie_off_the_curves(chunks, figure):
     families = [("exact", None, 1), *(("highway", k, chunk) for chunk in chunks for k in (0, 1, 3, 8))]
-    drawn = figure([made([1, 2], method=name, iterations=k, chunk=chunk) for name, k, chunk in families])
+    runs = [made([1, 2], method=name, iterations=k, chunk=chunk) for name, k, chunk in families]
+    runs += [made([1, 2], method="highway", iterations=None, chunk=1, rank=rank, tolerance=0.1) for rank in (8, "auto")]
+    for run in runs:
+        run.rounds += [3, 4]
+    drawn = figure(runs)
     legends = [*drawn.legends, *(axes.get_legend() for axes in drawn.axes if axes.get_legend())]
     assert len(legends) == 2
     boxes = [legend.get_window_extent() for legend in legends]
@@ -152,9 +168,10 @@ def test_block_steps_are_those_of_the_longest_path_in_the_gradient():
     def gradient(run, a):
         chain = hbp.LinearizedChain([lambda g: a * g] * 64)
         chain = chain if run.residual is None else chain.resplit(run.residual)
-        return hbp.highway(chain, np.ones(1), iterations=run.iterations, chunk=run.chunk)[1:]
+        return hbp.highway(chain, np.ones(1), iterations=run.k and round(run.k), chunk=run.chunk)[1:]
 
-    for run in runs(Settings()):
+    for run in runs(Settings(iterations=(0, 1, 3))):
+        run.rounds.append(2)
         low, high = gradient(run, 1e3), gradient(run, 1e4)
         degree = round(np.log10(high[low > 0] / low[low > 0]).max())
         assert run.block_steps(64) == degree + 1  # and the step from the state to the parameters

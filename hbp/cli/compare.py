@@ -7,11 +7,12 @@ import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hbp.availability import availability
 from hbp.cli.common import INTERRUPTED, InputError, at_least
 from hbp.core.registry import LIBRARIES, load
+from hbp.core.solver import Solver
 
 if TYPE_CHECKING:
     from hbp.demo.compare import Run, Settings
@@ -21,6 +22,12 @@ OUTPUTS = ("compare.json", "compare.png")
 THREADS = (
     "CPU threads of NumPy's BLAS, the compiled kernels, PyTorch and XLA (JAX), whatever OMP_NUM_THREADS says; with "
     "arrays this small more of them mostly wait for each other"
+)
+
+
+TOLERANCE = (
+    "with a rank, rounds go on until the last increment is at most this fraction of the gradient; none: each of the "
+    "iterations instead"
 )
 
 
@@ -40,13 +47,34 @@ def add(commands: Any) -> None:
     compare.add_argument("--steps", type=at_least(1), default=600, help="training steps")
     compare.add_argument("--seed", type=at_least(0), default=0, help="start and batches")
     compare.add_argument(
-        "--iterations", type=at_least(0), nargs="+", default=[0, 1, 3], metavar="K", help="iterations to compare"
+        "--iterations", type=at_least(0), nargs="+", default=[1, 3], metavar="K", help="iterations to compare"
     )
     compare.add_argument(
         "--chunks", type=at_least(1), nargs="+", default=[1, 8], metavar="S", help="steps per chunk to compare"
     )
+    compare.add_argument(
+        "--ranks",
+        type=_rank,
+        nargs="+",
+        default=[0, 8],
+        metavar="R",
+        help="strong directions of the recurrent weights to take into the residual path, or auto; 0: none, at each of "
+        "the iterations and chunks",
+    )
+    compare.add_argument("--tolerance", type=_tolerance, default=0.1, metavar="F", help=TOLERANCE)
     compare.add_argument("--threads", type=at_least(1), default=1, metavar="N", help=THREADS)
     compare.add_argument("--output", type=Path, default=Path("hbp-compare"), metavar="FOLDER", help="made if missing")
+
+
+def _rank(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else at_least(0)(text)
+
+
+def _tolerance(text: str) -> float | None:
+    try:
+        return None if text == "none" else Solver(tolerance=float(text)).tolerance
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no fraction of the gradient from 0 to 1, nor none") from None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -54,12 +82,14 @@ def run(options: argparse.Namespace) -> int:
     missing = [package for module, package in DEMO.items() if find_spec(module) is None]
     if missing:
         raise InputError(f"compare needs {', '.join(missing)}; install them: pip install 'hbp[demo]'")
-    for name in ("iterations", "chunks"):
+    for name in ("iterations", "chunks", "ranks"):
         values = getattr(options, name)
         if len(set(values)) < len(values):
             raise InputError(f"--{name} names a value twice: {' '.join(map(str, values))}")
     if options.threads > (cores := os.cpu_count() or 1):
         raise InputError(f"--threads {options.threads} is more than the {cores} CPU cores here; give at most {cores}")
+    if "auto" in options.ranks and options.backend == "jax":
+        raise InputError("--ranks auto needs the weights' numbers, which a compiled JAX program has not; give numbers")
     try:
         load(options.backend)
     except (ImportError, RuntimeError) as error:
@@ -67,12 +97,12 @@ def run(options: argparse.Namespace) -> int:
     _check_writable(options.output)
     from hbp.demo.compare import Settings
 
-    names = ("backend", "cell", "steps", "seed", "threads")
-    settings = Settings(
-        **{name: getattr(options, name) for name in names},
-        iterations=tuple(options.iterations),
-        chunks=tuple(options.chunks),
-    )
+    names = ("backend", "cell", "steps", "seed", "threads", "tolerance")
+    several = ("iterations", "chunks", "ranks")
+    given = {name: getattr(options, name) for name in names} | {name: tuple(getattr(options, name)) for name in several}
+    settings = Settings(**given)
+    if (most := max((rank for rank in settings.ranks if rank != "auto"), default=0)) > settings.hidden:
+        raise InputError(f"--ranks {most} is more than the {settings.hidden} units; give at most that")
     return _train_and_show(settings, options.output)
 
 

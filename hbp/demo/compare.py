@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from hbp.core.backend import Array
+from hbp.core.increments import Report
 from hbp.core.operator import LinearOperator, Zero
+from hbp.core.solver import Solver
 from hbp.demo.model import Adam, Classifier, Digits, Model, digits, initial
 from hbp.diagnosis.agreement import Agreement
 
@@ -28,8 +30,11 @@ class Settings:
     cell: str = "gru"
     steps: int = 600
     seed: int = 0
-    iterations: tuple[int, ...] = (0, 1, 3)
+    iterations: tuple[int, ...] = (1, 3)
     chunks: tuple[int, ...] = (1, 8)
+    ranks: tuple[int | Literal["auto"], ...] = (0, 8)
+    tolerance: float | None = 0.1
+    """Of the ranks but 0; None: each of the iterations instead"""
     hidden: int = 32
     batch: int = 64
     rate: float = 5e-3
@@ -45,6 +50,10 @@ class Run:
     iterations: int | None
     chunk: int
     residual: LinearOperator | None = None
+    rank: int | Literal["auto"] = 0
+    tolerance: float | None = None
+    rounds: list[int] = field(default_factory=list)
+    """Those that each step took, where a tolerance ends them"""
     losses: list[float] = field(default_factory=list)
     forward_ms: list[float] = field(default_factory=list)
     backward_ms: list[float] = field(default_factory=list)
@@ -54,15 +63,32 @@ class Run:
     """(steps taken, accuracy on the test images)"""
 
     @property
+    def solver(self) -> Solver:
+        """How the backward pass is solved."""
+        return Solver(self.iterations, self.chunk, self.tolerance)
+
+    @property
+    def k(self) -> float | None:
+        """The rounds of a backward pass, in the mean where a tolerance ends them; None for exact backprop."""
+        return self.iterations if self.tolerance is None else fmean(self.rounds)
+
+    @property
+    def family(self) -> str:
+        """A name for the runs that differ in k alone."""
+        chunk, rank = f" chunk={self.chunk}" * (self.chunk > 1), f" rank={self.rank}" * (self.rank != 0)
+        return f"{self.method}{chunk}{rank}"
+
+    @property
     def label(self) -> str:
         """A name for plots and progress."""
-        if self.iterations is None:
+        if self.solver.exact:
             return self.method
-        return f"{self.method} k={self.iterations}" + (f" chunk={self.chunk}" if self.chunk > 1 else "")
+        return f"{self.family} {f'k={self.iterations}' if self.tolerance is None else f'tolerance={self.tolerance}'}"
 
     def cut(self, steps: int) -> Run:
         """The figures of the first ``steps`` steps."""
-        kept = {name: getattr(self, name)[:steps] for name in ("losses", "forward_ms", "backward_ms", "update_ms")}
+        names = ("losses", "rounds", "forward_ms", "backward_ms", "update_ms")
+        kept = {name: getattr(self, name)[:steps] for name in names}
         cosines = self.cosines[: -(-steps // COSINE_EVERY)]
         return replace(self, cosines=cosines, accuracies=[a for a in self.accuracies if a[0] <= steps], **kept)
 
@@ -76,7 +102,7 @@ class Run:
         """The median, which the load of the machine moves least."""
         return median(self.step_ms)
 
-    def block_steps(self, length: int) -> int:
+    def block_steps(self, length: int) -> float:
         """How many pullbacks through one time step's block a backward does one after another, on any machine.
 
         Exact: one a step. Highway-BP and the fixed point: one a chunk's step in each round (at most as many rounds as
@@ -84,17 +110,24 @@ class Run:
         Scans of the residual path are not counted, nor gates, recomputed for all steps at once. The loss enters
         after the last step; one at every step would have to be gathered in each chunk first, in S more.
         """
-        if self.iterations is None:
+        if self.k is None:
             return length
         size = min(self.chunk, length)
-        return size * (min(self.iterations, -(-length // size)) + 1)
+        return size * (min(self.k, -(-length // size)) + 1)
 
 
 def runs(settings: Settings) -> list[Run]:
     """The methods to compare; the fixed point of no iterations is no method: it never looks back in time."""
-    fixed_point = [Run("fixed point", k, 1, Zero()) for k in settings.iterations if k]
-    highway = [Run("highway", k, chunk) for chunk in settings.chunks for k in settings.iterations]
-    return [Run("exact", None, 1), *fixed_point, *highway]
+    found = [Run("exact", None, 1)]
+    if 0 in settings.ranks:
+        found += [Run("fixed point", k, 1, Zero()) for k in settings.iterations if k]
+        found += [Run("highway", k, chunk) for chunk in settings.chunks for k in settings.iterations]
+    for rank in (rank for rank in settings.ranks if rank != 0):
+        if settings.tolerance is None:
+            found += [Run("highway", k, 1, rank=rank) for k in settings.iterations]
+        else:
+            found.append(Run("highway", None, 1, rank=rank, tolerance=settings.tolerance))
+    return found
 
 
 class Trainer:
@@ -107,8 +140,12 @@ class Trainer:
         self._state = Adam.start(initial(settings.cell, settings.hidden, settings.seed, backend.xp), backend)
         self._forward, self._correct = jit(model.forward), jit(model.correct)
         self._update = jit(Adam.step)
-        self._exact = jit(_with(model.backward, iterations=None))
-        self._backward = jit(_with(model.backward, iterations=run.iterations, chunk=run.chunk, residual=run.residual))
+        self._exact = jit(_with(model.backward, solver=Solver()))
+        solver = run.solver if run.tolerance is None else run.solver.watched(self._count)
+        self._backward = jit(_with(model.backward, solver=solver, residual=run.residual, rank=run.rank))
+
+    def _count(self, report: Report) -> None:
+        self.run.rounds.append(len(report.increments) - 1)
 
     def warm_up(self, x: Array, y: Array) -> None:
         """Compile and touch everything once, outside all figures."""
@@ -118,6 +155,7 @@ class Trainer:
         self._exact(self._state.model, x, dlogits, states)
         self.measure_accuracy()
         self.run.accuracies.clear()
+        self.run.rounds.clear()
 
     def step(self, x: Array, y: Array) -> None:
         """One training step on a batch."""

@@ -10,6 +10,8 @@ from sklearn.datasets import load_digits
 from hbp import cells
 from hbp.core.backend import Array, Backend
 from hbp.core.operator import LinearOperator
+from hbp.core.solver import Solver
+from hbp.directions import Rank
 
 CLASSES = 10
 TEST = 360
@@ -99,14 +101,15 @@ class Model:
 
     def backward(
         self, model: Classifier, x: Array, dlogits: Array, states: Any,
-        *, iterations: int | None, chunk: int = 1, residual: LinearOperator | None = None,
+        *, solver: Solver, residual: LinearOperator | None = None, rank: Rank = 0,
     ) -> Classifier:  # fmt: skip
         """The gradient of all parameters; the options are those of the cell's pullback."""
         h = states[0] if self._cell.pair else states
         last = (dlogits @ model.weight)[None]
         dh = self._backend.concat([self._backend.zeros_like(h[:-1]), last])
         pullback = self._cell.pullback(model.cell, x, self._start(model, x), states, self._backend)
-        dcell, _, _ = pullback((dh, None) if self._cell.pair else dh, iterations, chunk, residual)
+        given = (dh, None) if self._cell.pair else dh
+        dcell, _, _ = pullback(given, solver=solver, residual=residual, rank=rank)
         return Classifier(dcell, dlogits.T @ h[-1], dlogits.sum(0))
 
 

@@ -26,11 +26,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 LAST = 20
-COLUMNS = ("method", "k", "chunk", "accuracy", "loss", "cosine", "ms/step", "backward", "block\nsteps")
+COLUMNS = ("method", "k", "chunk", "rank", "accu-\nracy", "loss", "cosine", "ms/step", "back-\nward", "block\nsteps")
 CAPTION = (
-    "accuracy on the test images, as last measured (every 50 steps and at the end); loss: mean of the last 20 steps; "
-    "cosine: mean over training, with the exact gradient of the cell's weights; ms/step: median, and "
-    "how much of it is the backward; block steps: those of a backward that follow one another on any machine"
+    "k: rounds of Highway-BP, in the mean where the tolerance ends them (with a rank, unless it is none); accuracy on "
+    "the test images, as last measured (every 50 steps and at the end); loss: mean of the last 20 steps; cosine: mean "
+    "over training, with the exact gradient of the cell's weights; ms/step: median, and how much of it is the "
+    "backward; block steps: those of a backward that follow one another on any machine, beside scans of the residual "
+    "path"
 )
 
 
@@ -40,6 +42,9 @@ def summary(run: Run) -> dict[str, Any]:
         "method": run.method,
         "iterations": run.iterations,
         "chunk": run.chunk,
+        "rank": run.rank,
+        "tolerance": run.tolerance,
+        "mean_rounds": run.k,
         "steps": len(run.losses),
         "test_accuracy": run.accuracies[-1][1] if run.accuracies else None,
         "final_loss": fmean(run.losses[-LAST:]),
@@ -59,14 +64,15 @@ def table(runs: list[Run], title: str) -> Table:
         accuracy = row["test_accuracy"]
         rendered.add_row(
             row["method"],
-            "-" if row["iterations"] is None else str(row["iterations"]),
+            "-" if row["mean_rounds"] is None else f"{row['mean_rounds']:.3g}",
             str(row["chunk"]),
+            str(row["rank"]),
             "-" if accuracy is None else f"{accuracy:.1%}",
             f"{row['final_loss']:.3f}",
             f"{row['mean_cosine']:.3f}",
             f"{row['ms_per_step']:.1f}",
             f"{row['backward_share']:.0%}",
-            str(row["block_steps"]),
+            f"{row['block_steps']:.3g}",
         )
     return rendered
 
@@ -86,7 +92,7 @@ def write_json(runs: list[Run], settings: Settings, backend: Availability, path:
         "machine": {"processor": platform.machine(), "system": platform.system(), "device": backend.device},
         "runs": [
             summary(run)
-            | {name: getattr(run, name) for name in ("losses", "cosines", "accuracies")}
+            | {name: getattr(run, name) for name in ("losses", "rounds", "cosines", "accuracies")}
             | {name: getattr(run, name) for name in ("forward_ms", "backward_ms", "update_ms")}
             for run in runs
         ],
@@ -112,21 +118,15 @@ def plot(runs: list[Run], settings: Settings, path: Path) -> None:
 
 def _accuracy_against_k(runs: list[Run], axes: Axes) -> None:
     measured = [run for run in runs if run.accuracies]
-    families: dict[tuple[str, int], list[Run]] = {}
+    families: dict[str, list[Run]] = {}
     for run in measured:
-        if run.iterations is None:
+        if run.k is None:
             axes.axhline(run.accuracies[-1][1], color="black", linewidth=2, label="exact")
         else:
-            families.setdefault((run.method, run.chunk), []).append(run)
-    for (method, chunk), members in families.items():
-        members.sort(key=lambda run: run.iterations or 0)
-        label = method + (f", chunk={chunk}" if chunk > 1 else "")
-        axes.plot(
-            [run.iterations or 0 for run in members],
-            [run.accuracies[-1][1] for run in members],
-            marker="o",
-            label=label,
-        )
+            families.setdefault(run.family, []).append(run)
+    for family, members in families.items():
+        points = sorted((run.k or 0, run.accuracies[-1][1]) for run in members)
+        axes.plot(*zip(*points, strict=True), marker="o", label=family)
     axes.set(xlabel="iterations k", ylabel="test accuracy", title="Accuracy against k")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if measured:
@@ -134,16 +134,17 @@ def _accuracy_against_k(runs: list[Run], axes: Axes) -> None:
 
 
 def _styles(runs: list[Run]) -> list[dict[str, Any]]:
-    """Black for exact; one dash pattern per method and chunk, one colour per k."""
-    ks = sorted({run.iterations for run in runs if run.iterations is not None})
-    families = list(dict.fromkeys((run.method, run.chunk) for run in runs if run.iterations is not None))
-    dashes = ["-", "--", ":", "-."]
+    """Black for exact; one dash pattern per method, chunk and rank, one colour per k."""
+    others = [run for run in runs if not run.solver.exact]
+    ks = sorted({-1 if run.iterations is None else run.iterations for run in others})
+    families = list(dict.fromkeys(run.family for run in others))
+    dashes = ["-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))]
     return [
         {"color": "black", "linewidth": 2.5}
-        if run.iterations is None
+        if run.solver.exact
         else {
-            "color": f"C{ks.index(run.iterations) % 10}",
-            "linestyle": dashes[families.index((run.method, run.chunk)) % len(dashes)],
+            "color": f"C{ks.index(-1 if run.iterations is None else run.iterations) % 10}",
+            "linestyle": dashes[families.index(run.family) % len(dashes)],
             "linewidth": 1.3,
         }
         for run in runs
