@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from contextlib import nullcontext
 from itertools import pairwise, product
 from typing import Any
 
@@ -552,15 +553,44 @@ def test_iterations_cap_a_tolerance(rng):
         close(g, problem.expected(k, chunk=chunk), 1e-13)
 
 
-def test_a_diverging_iteration_warns_where_it_was_called():
+def test_increments_that_grow_warn_where_it_was_called():
     chain = LinearizedChain([lambda g: -0.9 * g] * 12)
-    with pytest.warns(DivergenceWarning, match=r"diverges: .*times the solution; damp the split.*chunks") as caught:
+    said = r"the increments grow, and 12 rounds have not met tolerance=0.001: damp the split.*chunks.*rank.*said once"
+    with pytest.warns(DivergenceWarning, match=said) as caught:
         g = hbp.highway(chain, np.ones(1), tolerance=1e-3)
     assert [w.filename for w in caught] == [__file__]
     close(g[0], np.array([0.1**12]), 1e-9)
     with pytest.warns(DivergenceWarning):
         hbp.highway(chain, np.ones(1), 4, tolerance=1e-3)
     hbp.highway(chain, np.ones(1), 4)  # iterations alone ask for no judgement
+
+
+@pytest.mark.parametrize(
+    ("increments", "tolerance", "warns"),
+    [
+        ((1.0, 2.0, 0.05), 0.1, False),  # they grow past the solution on the way, and then meet the tolerance
+        ((1.0, 2.0, 0.5), 0.1, True),
+        ((1.0, 0.2, 0.3), 0.1, True),  # they grow at the cap, not past the solution
+        ((1.0, 0.3, 0.2), 0.1, False),  # the cap comes first, on the way to the solution
+        ((1.0,), 0.1, False),
+        ((1.0, 0.2, 0.3), None, False),
+        ((0.0, 0.0), 0.0, False),
+    ],
+)
+def test_only_a_tolerance_that_growing_increments_do_not_meet_is_a_warning(increments, tolerance, warns):
+    sizes = [(increment, 1.0) for increment in increments]
+    with pytest.warns(DivergenceWarning) if warns else nullcontext():
+        hbp.Solver(len(sizes) - 1, tolerance=tolerance).tell(sizes, 99)
+
+
+def test_a_backward_pass_that_diverges_is_told_once_in_training():
+    """By Python's own filter: the warning names nothing that changes from step to step."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for step in range(3):
+            chain = LinearizedChain([lambda g, step=step: -(0.9 + step) * g] * 12)
+            hbp.highway(chain, np.ones(1), 4, tolerance=1e-3)
+    assert [w.category for w in caught] == [DivergenceWarning]
 
 
 # Laws

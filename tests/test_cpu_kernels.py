@@ -327,7 +327,7 @@ def test_increments_that_grow_are_a_warning_of_compiled_rounds_too():
     weight = np.concatenate([np.zeros((4, 2)), -1.5 * np.eye(2)])
     params = GRUParameters(np.zeros((6, 1)), weight, np.repeat([9.0, -9.0, 0.0], 2))
     h, pullback = gru(params, np.zeros((30, 1, 1)), np.zeros((1, 2)))
-    with pytest.warns(hbp.DivergenceWarning, match="diverges: the increments grow"):
+    with pytest.warns(hbp.DivergenceWarning, match="the increments grow, and 10 rounds have not met"):
         pullback(np.ones_like(h), 10, tolerance=1e-3)
 
 

@@ -689,6 +689,19 @@ def test_a_tolerance_stops_at_the_first_small_increment(kind, tolerance):
     assert max((a - b).abs().max() for a, b in zip(capped, found, strict=True)) > 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_growing_increments_that_do_not_meet_the_tolerance_are_told(kind):
+    """Weights of which no direction is in the path: twice too strong for it, until there is a rank."""
+    _, layer = pair(kind, own={"tolerance": 0.1, "iterations": 3})
+    with torch.no_grad():
+        layer.weight_hh_l0.copy_(6 * torch.linalg.qr(torch.randn_like(layer.weight_hh_l0))[0])
+    x = torch.randn(20, B, I, dtype=torch.float64)
+    with pytest.warns(hbp.DivergenceWarning, match="3 rounds have not met tolerance=0.1: .*a higher rank"):
+        layer(x)[0][-1].sum().backward()
+    layer.rank = H
+    layer(x)[0][-1].sum().backward()
+
+
 def test_each_layer_and_direction_reports():
     _, layer = pair("GRU", own={"iterations": 3}, num_layers=2, bidirectional=True)
     layer.reports = []

@@ -323,6 +323,16 @@ def test_a_tolerance_stops_at_the_first_small_increment_and_is_reported():
         close(torch.autograd.grad(hb.scan(cell, h0, xs, **options)[0], [h0, xs, *parameters], dh), found)
 
 
+def test_growing_increments_that_do_not_meet_the_tolerance_are_told():
+    def cell(h: Any, x: Any) -> Any:
+        return 0 * x, -1.5 * h
+
+    x = torch.zeros(30, B, H, requires_grad=True)
+    h, _ = hb.scan(cell, torch.zeros(B, H), x, iterations=10, tolerance=1e-3)
+    with pytest.warns(hbp.DivergenceWarning, match="10 rounds have not met tolerance=0.001: .*a higher rank"):
+        h.sum().backward()
+
+
 def test_a_cell_that_is_a_function_reaches_its_weights_or_is_refused():
     torch.manual_seed(0)
     linear = torch.nn.Linear(I, H)

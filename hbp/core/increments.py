@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from hbp.core.backend import Array
 
 CONVERGING = 0.5  # a larger share of the solution in one increment is no sign of convergence
-ADVICE = "damp the split (Scalar(1 - gamma)), use chunks, or exact backprop"
+ADVICE = "damp the split (Scalar(1 - gamma)), use chunks or, in a recurrent layer, a higher rank, or exact backprop"
 
 
 class DivergenceWarning(UserWarning):
-    """The increments of an iteration grow past its solution: the split suits these layers badly."""
+    """The increments of an iteration grow instead of meeting its tolerance: the split suits these layers badly."""
 
 
 @dataclass(frozen=True, eq=False)

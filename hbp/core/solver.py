@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 from hbp.core.backend import check_count, check_kind
-from hbp.core.increments import DivergenceWarning, Report
+from hbp.core.increments import ADVICE, DivergenceWarning, Report
 from hbp.core.schedule import Schedule
 
 
@@ -21,7 +21,8 @@ class Solver:
         iterations: Highway-BP's k; None for exact backprop, a `Schedule` for a number that changes from step to step
             (`at`). With a tolerance it is the cap (None: as many as are exact).
         chunk: layers per stage; blocks are then stages, inside which backprop is exact.
-        tolerance: stop when the last increment is at most this fraction of the solution, from 0 to 1.
+        tolerance: stop when the last increment is at most this fraction of the solution, from 0 to 1; a
+            `DivergenceWarning` says once where the last round allowed has not met it and the increments grow.
         watch: called with the report on the increments, where there are any.
 
     Raises:
@@ -45,8 +46,9 @@ class Solver:
         if self.tolerance is not None:
             real = isinstance(self.tolerance, Real) and not isinstance(self.tolerance, bool)  # type: ignore[unreachable]
             if not real or not 0 <= float(self.tolerance) <= 1:
-                cure = "give a non-negative number, at most 1: a fraction of the solution"
-                raise ValueError(f"tolerance={self.tolerance!r}; {cure}")
+                raise ValueError(
+                    f"tolerance={self.tolerance!r}; give a non-negative number, at most 1, of the solution"
+                )
             object.__setattr__(self, "tolerance", float(self.tolerance))
         check_kind("watch", self.watch, Callable | None, "a function that takes a Report, or None")
 
@@ -87,10 +89,15 @@ class Solver:
         return self.tolerance is not None and sizes[0] <= self.tolerance * sizes[1]
 
     def tell(self, sizes: Sequence[tuple[float, float]], length: int) -> None:
-        """Report on all rounds on a chain of this length, from their norms; warn where a tolerance is not to be met."""
-        report = Report.of(sizes, length)
-        if self.tolerance is not None and report.diverges:
-            warnings.warn(report.verdict, DivergenceWarning, stacklevel=6)
+        """Report on all rounds on a chain of this length, from their norms.
+
+        A warning says where the increments grow, and the last round has not met the tolerance. Its words hold nothing
+        that was measured, so that Python says it once.
+        """
+        report, last = Report.of(sizes, length), sizes[-1]
+        if self.tolerance is not None and not self.settled(last) and (report.diverges or last > min(sizes[-2:])):
+            told = f"the increments grow, and {len(sizes) - 1} rounds have not met tolerance={self.tolerance}: "
+            warnings.warn(f"{told}{ADVICE}; this is said once", DivergenceWarning, stacklevel=6)
         if self.watch is not None:
             self.watch(report)
 
