@@ -6,7 +6,18 @@ from importlib import import_module
 
 from experiments.experiment import Experiment
 
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = (
+    "fig2",
+    "fig3",
+    "fig4",
+    "fig5",
+    "fig6",
+    "schedules",
+    "chunks",
+    "damping",
+    "changing",
+    "ranks",
+)
 """Each a module beside this one that holds an `EXPERIMENT` of its name."""
 
 

@@ -88,13 +88,13 @@ def _request(options: argparse.Namespace) -> Request:
 
 
 def _works(names: Sequence[str], request: Request) -> list[Work]:
-    """All pieces of work, each once, those that measure time last."""
+    """All pieces of work, each once, by their keys, so that what shares data is done together; what is timed last."""
     chosen = catalog.MODULES if "all" in names else dict.fromkeys(names)
     found: dict[str, Work] = {}
     for work in [work for name in chosen for work in catalog.experiment(name).work(request)]:
         if work.key not in found or work.alone:
             found[work.key] = work
-    return sorted(found.values(), key=lambda work: work.alone)
+    return sorted(found.values(), key=lambda work: (work.alone, work.key))
 
 
 def _dry_run(works: Sequence[Work], request: Request, console: Console) -> None:

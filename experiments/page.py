@@ -52,11 +52,12 @@ def write(folder: Folder) -> list[Path]:
 
 
 def _sections(request: Request, records: Mapping[str, Record]) -> Iterator[tuple[Experiment, Section]]:
-    """Of all experiments with records, each with its own records."""
+    """Of the experiments of which everything was done from one seed at least, each with its own records."""
     for name in catalog.MODULES:
         one = catalog.experiment(name)
-        own = {work.key: records[work.key] for work in one.work(request) if work.key in records}
-        if own:
+        works = one.work(request)
+        own = {work.key: records[work.key] for work in works if work.key in records}
+        if {work.what for work in works} == {work.what for work in works if work.key in own}:
             yield one, one.section(request, own)
 
 

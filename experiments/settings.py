@@ -168,6 +168,22 @@ LAPTOP: dict[str, Callable[[], Problem]] = {
     "adding": lambda: Problem(
         "GRU, adding problem", Adding(100), RecurrentClassifier("gru", 2, 1), Training("adam", 5e-3, 600, 32, warmup=60)
     ),
+    "gru-long": lambda: Problem(
+        "GRU, characters, long", StandardLibrary(length=1024), RecurrentLM("gru", 96, 64),
+        Training("adam", 4e-3, 300, 2, warmup=30, clip=1.0),
+    ),
+    "pixels-lstm": lambda: Problem(
+        "LSTM, pixel by pixel", Digits(pixels=True), RecurrentClassifier("lstm", 1, 10),
+        Training("adam", 5e-3, 600, 64, warmup=60, clip=1.0),
+    ),
+    "adding-200": lambda: Problem(
+        "GRU, adding problem", Adding(200), RecurrentClassifier("gru", 2, 1),
+        Training("adam", 5e-3, 600, 32, warmup=60, clip=1.0),
+    ),
+    "adding-200-lstm": lambda: Problem(
+        "LSTM, adding problem", Adding(200), RecurrentClassifier("lstm", 2, 1),
+        Training("adam", 5e-3, 600, 32, warmup=60, clip=1.0),
+    ),
 }  # fmt: skip
 """Models of the same kinds on data that need no network, and three that the paper has not."""
 

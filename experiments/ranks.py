@@ -1,0 +1,57 @@
+"""Beyond the paper: strong directions of the recurrent weights in the residual path, on long-range tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+
+from experiments import figures
+from experiments.experiment import Claim, Experiment, Record, Request, Section
+from experiments.methods import EXACT, Method
+from experiments.results import Results, runs, table
+from experiments.training import Run
+
+CAP = 16
+GATE = Method("highway", 3)
+CHUNK = Method("highway", 3, chunk=8)
+RANK = Method("highway", CAP, tolerance=0.1, rank=8)
+AUTO = Method("highway", CAP, tolerance=0.1, rank="auto")
+METHODS = (EXACT, GATE, CHUNK, RANK, AUTO)
+TASKS = ("pixels", "pixels-lstm", "adding-200", "adding-200-lstm")
+
+
+def work(request: Request) -> list[Run]:
+    """Exact backprop, the gate alone, chunks, ranks with a tolerance."""
+    return runs(request, dict.fromkeys(TASKS, METHODS))
+
+
+def section(request: Request, records: Mapping[str, Record]) -> Section:
+    """The curves of all tasks."""
+    results = Results.of(work(request), records)
+    figure = figures.grid(results, lambda axis, task: _draw(axis, results, task))
+    return Section([_claim(results, task) for task in results.tasks], table(results), {"ranks": figure})
+
+
+def _draw(axis: object, results: Results, task: str) -> None:
+    figures.curves(axis, results, task, "step", name=results.metric(task))
+
+
+def _claim(results: Results, task: str) -> Claim:
+    paper = "Beyond the paper: with rank 8, or auto, rounds until the last increment is below 10 % train as exact does."
+    rule = "The mean metric at the end is within .01 of exact's, or better, with at most 4 rounds in the mean."
+    exact, parts, verdicts = results.final(task, EXACT), [], []
+    for method in METHODS:
+        found = results.final(task, method)
+        if found is None or exact is None:
+            continue
+        parts.append(f"{method.label}: {results.show(task, method)}")
+        if method in (RANK, AUTO):
+            rounds = fmean(record["rounds_mean"] for record in results.records(task, method))
+            parts[-1] += f" with {rounds:.2f} rounds"
+            worse = exact.mean - found.mean if results.metric(task) == "accuracy" else found.mean - exact.mean
+            verdicts.append(worse <= 0.01 and rounds <= 4)
+    measured = f"{results.title(task)}: {'; '.join(parts)}"
+    return Claim(paper, measured, rule, all(verdicts) if verdicts else None)
+
+
+EXPERIMENT = Experiment("ranks", "Strong directions in the residual path", work, section)

@@ -1,0 +1,221 @@
+"""Training runs: what is recorded, that an interrupted one goes on bit for bit, and the sections made of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the experiments draw with matplotlib")
+pytest.importorskip("rich", reason="the experiments show their progress with rich")
+pytest.importorskip("threadpoolctl", reason="the experiments limit threads with threadpoolctl")
+pytest.importorskip("sklearn", reason="the experiments learn scikit-learn's digits")
+
+from experiments import catalog, settings, training
+from experiments.__main__ import main
+from experiments.data import Adding, Digits
+from experiments.experiment import Request
+from experiments.methods import EXACT, LIBRARY, Diagnosed, Estimated, Method, Phases, block_steps
+from experiments.models import RecurrentClassifier, ResidualMLP, ResNet
+from experiments.settings import Problem, Training
+from experiments.training import Run
+
+BACKEND = pytest.mark.parametrize("backend", ["torch"])
+STEPS = 12
+COUNT = itertools.count()
+TINY = {
+    "rnn": Problem(
+        "rnn", Adding(20, examples=64), RecurrentClassifier("gru", 2, 1, 8), Training("adam", 1e-2, STEPS, 4)
+    ),
+    "mlp": Problem("mlp", Digits(), ResidualMLP(3, 8), Training("sgd", 0.1, STEPS, 8, clip=1.0)),
+    "resnet": Problem("resnet", Digits(), ResNet(1, True, 2, 1), Training("adamw", 1e-2, STEPS, 8)),
+}
+METHODS = [
+    ("rnn", EXACT),
+    ("rnn", LIBRARY),
+    ("rnn", Method("highway", Phases((0, 2, None)))),
+    ("rnn", Method("highway", 20, tolerance=0.3, rank="auto")),
+    ("rnn", Method("highway", Diagnosed(0.2))),
+    ("mlp", Method("highway", 1, damping=Estimated(per_layer=True))),
+    ("mlp", Method("highway", 1, damping=0.3)),
+    ("resnet", Method("fixed-point", 2)),
+]
+
+
+class Place:
+    """Where work is done, until it is killed."""
+
+    def __init__(self, checkpoint: Path, killed_at: int | None = None) -> None:
+        checkpoint.parent.mkdir(exist_ok=True)
+        self.checkpoint, self.killed_at = checkpoint, killed_at
+
+    def advance(self, done: int, total: int, text: str = "") -> None:
+        if done == self.killed_at:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(settings, "LAPTOP", {name: partial(replace, one) for name, one in TINY.items()})
+    monkeypatch.setattr(training, "CHECKPOINT_S", 0.0)
+    for cached in (training._data, training._parameters):
+        cached.cache_clear()
+    yield
+    for cached in (training._data, training._parameters):
+        cached.cache_clear()
+
+
+def numbers(record: Any) -> Any:
+    """A record without its times."""
+    if isinstance(record, dict):
+        return {name: numbers(value) for name, value in record.items() if name != "seconds"}
+    return [numbers(one) for one in record] if isinstance(record, list) else record
+
+
+@pytest.mark.parametrize(("task", "method"), METHODS, ids=lambda value: getattr(value, "key", value))
+def test_an_interrupted_run_ends_with_the_same_numbers(tiny, tmp_path, task, method):
+    run = Run(task, method, seed=1)
+    whole = run.perform(Place(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        run.perform(Place(tmp_path / "part", killed_at=7))
+    assert (tmp_path / "part").exists()
+    assert numbers(run.perform(Place(tmp_path / "part"))) == numbers(whole)
+    assert whole["finished"]
+    assert whole["curve"]["step"] == list(range(1, STEPS + 1))
+    assert whole["validation"]["step"] == list(range(STEPS + 1))
+    assert json.loads(json.dumps(whole, allow_nan=False)) == whole
+    assert numbers(replace(run, seed=2).perform(Place(tmp_path / "other"))) != numbers(whole)
+
+
+def test_methods_do_what_they_say(tiny, tmp_path):
+    def loss(task: str, method: Method) -> float:
+        return Run(task, method, 0).perform(Place(tmp_path / "unused" / str(next(COUNT))))["validation"]["loss"][-1]
+
+    exact = loss("rnn", EXACT)
+    assert loss("rnn", LIBRARY) == pytest.approx(exact, rel=1e-4)
+    assert loss("rnn", Method("highway", 20)) == pytest.approx(exact, rel=1e-4)
+    assert loss("rnn", Method("highway", 0, rank=8)) == pytest.approx(exact, rel=1e-4)  # of H = 8: all there is
+    assert loss("rnn", Method("fixed-point", 20)) == pytest.approx(exact, rel=1e-4)
+    assert loss("mlp", Method("highway", 3, damping=0.7)) == pytest.approx(loss("mlp", EXACT), rel=1e-4)
+    different = [
+        Method("highway", 0),
+        Method("fixed-point", 0),
+        Method("highway", 0, chunk=5),
+        Method("highway", 0, rank=2),
+    ]
+    found = [loss("rnn", method) for method in different]
+    assert len({round(value, 6) for value in [exact, *found]}) == 5
+
+
+def test_both_clocks(tiny, tmp_path):
+    def record(method: Method) -> Any:
+        return Run("rnn", method, 0).perform(Place(tmp_path / "unused" / str(next(COUNT))))
+
+    assert record(EXACT)["block_steps"] == 20 * STEPS
+    assert record(Method("highway", 3))["block_steps"] == 4 * STEPS
+    assert record(Method("highway", Phases((1, None))))["block_steps"] == 2 * 6 + 20 * 6
+    tolerant = record(Method("highway", 20, tolerance=0.1))
+    assert tolerant["block_steps"] == STEPS * (1 + tolerant["rounds_mean"])
+    assert 0 < tolerant["rounds_mean"] < 20
+    seconds = tolerant["curve"]["seconds"]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] == tolerant["seconds"] > 0
+    assert [block_steps(10, k, 4, True) for k in (0, 1, 3, 9)] == [8, 12, 20, 20]
+
+
+def test_a_run_that_is_not_finite_ends_there(tiny, tmp_path, monkeypatch):
+    wild = replace(TINY["mlp"], training=Training("sgd", 1e30, STEPS, 8))
+    monkeypatch.setitem(settings.LAPTOP, "mlp", lambda: wild)
+    record = Run("mlp", EXACT, 0).perform(Place(tmp_path / "unused" / str(next(COUNT))))
+    assert not record["finished"]
+    assert record["curve"]["loss"][-1] is None
+    assert len(record["curve"]["step"]) < STEPS
+    json.dumps(record, allow_nan=False)
+
+
+def test_probes_compare_with_the_exact_gradient(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "PROBED_TASKS", ("mlp",))
+    record = Run("mlp", EXACT, 0).perform(Place(tmp_path / "unused" / str(next(COUNT))))
+    assert [probe["share"] for probe in record["probes"]] == [0, 0.25, 0.5, 0.75, 1]
+    for probe in record["probes"]:
+        assert probe["k"] == list(training.PROBED)
+        exact = [error for k, error in zip(probe["k"], probe["error"], strict=True) if k >= 3]
+        assert max(exact) < 1e-5 < probe["error"][0]
+        assert probe["cosine"][-1] == pytest.approx(1)
+    assert numbers(Run("mlp", Method("highway", 3), 0).perform(Place(tmp_path / "unused" / str(next(COUNT))))["curve"])[
+        "step"
+    ]
+    monkeypatch.setattr(training, "PROBED_TASKS", ())
+    plain = Run("mlp", EXACT, 0).perform(Place(tmp_path / "unused" / str(next(COUNT))))
+    assert numbers(plain["curve"]) == numbers(record["curve"])  # a probe leaves no trace
+
+
+KILLED = """
+import sys
+from experiments import training
+training.CHECKPOINT_S = 0.0
+training.PROBED_TASKS = ()
+from experiments.__main__ import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_command_goes_on_and_ends_with_the_same_numbers(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(training, "PROBED_TASKS", ())
+    arguments = ["chunks", "--seeds", "1", "--steps", "40"]
+    there = [*arguments, "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen([sys.executable, "-c", KILLED, *there], cwd=Path(__file__).parents[1])
+    checkpoint, deadline = tmp_path / "killed/checkpoints/pixels+exact+0", time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    run = Run("pixels", EXACT, 0, steps=40)
+    found = run.perform(Place(checkpoint))
+    assert numbers(found) == numbers(run.perform(Place(tmp_path / "unused" / str(next(COUNT)))))
+
+
+@pytest.fixture
+def shrunk(monkeypatch):
+    """Every task of the laptop at a size at which nothing is learned."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    small = {"width": 4, "hidden": 8, "heads": 2, "layers": 1, "blocks": 1}
+
+    def shrink(one: Problem) -> Problem:
+        sizes = one.sizes
+        own = {name: value for name, value in small.items() if hasattr(sizes, name)}
+        own |= {"layers": 2} if "layers" in own and getattr(sizes, "layers", 1) > 1 else {}
+        text = {"size": 100_000} if hasattr(one.task, "size") else {}
+        training = replace(one.training, batch=2)
+        return replace(one, task=replace(one.task, **text), sizes=replace(sizes, **own), training=training)
+
+    monkeypatch.setattr(settings, "LAPTOP", {name: partial(shrink, one()) for name, one in settings.LAPTOP.items()})
+    monkeypatch.setattr("experiments.torch_trainer.VALIDATED", 4)
+
+
+def test_all_sections_are_made_from_records_alone(shrunk, tmp_path):
+    given = ["--seeds", "1", "--steps", "2", "--out", str(tmp_path)]
+    names = [
+        name for name in catalog.MODULES if all(isinstance(w, Run) for w in catalog.experiment(name).work(Request()))
+    ]
+    assert main([*names, *given]) == 0
+    page = (tmp_path / "README.md").read_text()
+    for name in names:
+        assert f'<a id="{name}"></a>' in page
+        assert catalog.experiment(name).title in page
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert {f"{name}.png" for name in names} <= pictures
+    assert all(f"]({picture})" in page for picture in pictures)
