@@ -107,6 +107,8 @@ class LowRank(LinearOperator):
         path = one_each(self.path.bind(length, like, backend), length, like, backend)
         axes = like.ndim - isinstance(path, Pair) + 2
         left, right = (x.reshape(len(x), *(1,) * (axes - x.ndim), *x.shape[1:]) for x in (self.left, self.right))
+        if {len(left), len(right), path.length or 1} == {1}:  # all is shared: something has to have the stack's length
+            right = backend.xp.broadcast_to(right, (length, *right.shape[1:]))
         return LowRank(left, right, path)
 
     def _check_factors(self, like: Array, left: tuple[int, ...], right: tuple[int, ...]) -> None:
@@ -125,8 +127,7 @@ class LowRank(LinearOperator):
 
     def __getitem__(self, index: Any) -> LowRank:
         own = slice(None) if isinstance(index, slice) else 0
-        shared = self.length != 1
-        left, right = (x[own if len(x) == 1 and shared else index] for x in (self.left, self.right))
+        left, right = (x[own if len(x) == 1 else index] for x in (self.left, self.right))
         return LowRank(left, right, self.path[index])
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
@@ -165,29 +166,26 @@ class LowRank(LinearOperator):
 
     def joined(self, other: LowRank, backend: Backend) -> LowRank:
         """These maps followed by others of this kind."""
-        rank, both = max(self.rank, other.rank), (self, other)
-        paths = concatenate(self.path, other.path, backend)
-        first, last = (_widened(_each(one.left, one), rank - one.rank, -1) for one in both)
-        left = backend.concat(_alike(first, last, 0))
-        first, last = (_widened(_each(one.right, one), rank - one.rank, -2) for one in both)
-        right = backend.concat(_alike(first, last, 0))
+        rank = max(self.rank, other.rank)
+        both, paths = [one.padded(rank) for one in (self, other)], concatenate(self.path, other.path, backend)
+        left = backend.concat(_alike([_each(one.left, one) for one in both], 0))
+        right = backend.concat(_alike([_each(one.right, one) for one in both], 0))
         return LowRank(left, right, paths)
+
+    def padded(self, rank: int) -> LowRank:
+        """The same maps with factors of a higher rank, filled up with zeros."""
+        more = rank - self.rank
+        return LowRank(_widened(self.left, more, -1), _widened(self.right, more, -2), self.path)
 
 
 def stacked(maps: Sequence[LinearOperator], path: LinearOperator, like: Array, backend: Backend) -> LowRank:
     """Single maps, of which some are `LowRank`, as one stack beside the stack of their paths."""
-    nothing = zero(like, backend)
-    flat = tuple(_flat(like, replace(next(one for one in maps if isinstance(one, LowRank)), path=path)).shape)
-    rank = max(one.rank for one in maps if isinstance(one, LowRank))
-    factors = []
-    for side, axis, empty in (("left", -1, (*flat, 0)), ("right", -2, (*flat[:-1], 0, flat[-1]))):
-        own = [
-            getattr(one, side) if isinstance(one, LowRank) else backend.xp.broadcast_to(nothing, empty) for one in maps
-        ]
-        wide = [_widened(x, rank - x.shape[axis], axis) for x in own]
-        whole = (*flat, rank) if side == "left" else (*flat[:-1], rank, flat[-1])
-        factors.append(backend.stack([backend.xp.broadcast_to(x, whole) for x in wide]))
-    return LowRank(factors[0], factors[1], path)
+    d = next(one.left.shape[-2] for one in maps if isinstance(one, LowRank))
+    nothing = LowRank(*(backend.xp.broadcast_to(zero(like, backend), shape) for shape in ((d, 0), (0, d))))
+    low = [one if isinstance(one, LowRank) else nothing for one in maps]
+    wide = [one.padded(max(one.rank for one in low)) for one in low]
+    left, right = (backend.stack(_alike([getattr(one, side) for one in wide])) for side in ("left", "right"))
+    return LowRank(left, right, path)
 
 
 def _on_pairs(maps: LinearOperator) -> bool:
@@ -221,16 +219,17 @@ def _columns(maps: LinearOperator, factor: Array) -> Array:
 
 def _beside(a: Array, b: Array, axis: int) -> Array:
     """Two factors side by side along one of their last two axes."""
-    return load(backend_of(a)).backend.concat(_alike(a, b, axis), axis)
+    return load(backend_of(a)).backend.concat(_alike([a, b], axis), axis)
 
 
-def _alike(a: Array, b: Array, axis: int) -> list[Array]:
-    """Two arrays broadcast against each other but for one axis."""
-    xp, found = load(backend_of(a)).backend.xp, []
-    kept = axis if axis < 0 else axis - max(a.ndim, b.ndim)
-    shape = [m if n == 1 else n for m, n in zip_longest(a.shape[::-1], b.shape[::-1], fillvalue=1)][::-1]
-    for x in (a, b):
-        shape[kept] = x.shape[kept]
+def _alike(arrays: Sequence[Array], axis: int | None = None) -> list[Array]:
+    """Arrays broadcast against each other but for one axis."""
+    xp, sizes = load(backend_of(arrays[0])).backend.xp, zip_longest(*(x.shape[::-1] for x in arrays), fillvalue=1)
+    shape, found = [max(own) if all(own) else 0 for own in sizes][::-1], []
+    for x in arrays:
+        if axis is not None:
+            kept = axis if axis < 0 else axis - len(shape)
+            shape[kept] = x.shape[kept]
         found.append(xp.broadcast_to(x, tuple(shape)))
     return found
 

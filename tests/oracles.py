@@ -88,15 +88,20 @@ def residual_case(
 def low_rank_case(
     kind: str, rng: np.random.Generator, length: int, shape: tuple[int, ...]
 ) -> tuple[LinearOperator, np.ndarray]:
-    """A stack of rank 2, beside a diagonal, a number, nothing, or a pair."""
-    path = {"low-rank": "diagonal", "low-rank-shared": "number", "low-rank-entries": "zero", "pair-low-rank": "pair"}
+    """A stack of rank 2, beside a diagonal, the identity (all maps one), a number, or a pair."""
+    path = {
+        "low-rank": "diagonal",
+        "low-rank-shared": "identity",
+        "low-rank-entries": "number",
+        "pair-low-rank": "pair",
+    }
     rest, matrices = residual_case(path[kind], rng, length, shape)
     flat = (*shape[:-2], 2 * shape[-1]) if kind.startswith("pair") else shape
     batch, d = flat[:-1] if kind == "low-rank-entries" else (), flat[-1]
-    left = rng.uniform(-0.7, 0.7, (length, *batch, d, 2))
-    right = rng.uniform(-0.7, 0.7, (1 if kind == "low-rank-shared" else length, *batch, 2, d)) / d
+    left = rng.uniform(-0.7, 0.7, (1 if kind == "low-rank-shared" else length, *batch, d, 2))
+    right = rng.uniform(-0.7, 0.7, (1 if kind.startswith("low-rank-") else length, *batch, 2, d)) / d
     count = int(np.prod(flat[:-1]))
-    full = np.broadcast_to((left @ right).reshape(length, int(np.prod(batch)), d, d), (length, count, d, d))
+    full = np.broadcast_to((left @ right).reshape(-1, int(np.prod(batch)), d, d), (length, count, d, d))
     low = np.einsum("lbij,bc->lbicj", full, np.eye(count)).reshape(length, count * d, count * d)
     return rest + LowRank(left, right), matrices + low
 

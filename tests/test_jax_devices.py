@@ -56,7 +56,8 @@ def mask(own, x):
     return hbp.Diagonal(0.5 + 0.5 * (x > 0))
 
 cases = [(None, 1, hbp.Identity(), True), (0, 1, hbp.Identity(), True), (1, 1, mask, True), (L, 1, mask, True)]
-cases += [(2, 2, hbp.Scalar(0.9), True), (2, 1, mask, False), (None, 1, mask, False), (1, 1, hbp.Zero(), True)]
+low = hbp.Scalar(0.9) + hbp.LowRank(x[:1, :, None] / 2, x[:1, None] / 4)
+cases += [(2, 2, low, True), (2, 1, mask, False), (None, 1, mask, False), (1, 1, hbp.Zero(), True)]
 for k, chunk, residual, check in cases:
     run = partial(hb.sequential, layer, iterations=k, chunk=chunk, residual=residual)
     spread = jax.shard_map(

@@ -76,9 +76,10 @@ def test_a_stack_is_exact_in_the_end(k, chunk, jitted):
     close(found, expected)
 
 
+LEFT, RIGHT = np.linspace(-1, 1, D)[:, None], np.linspace(0.5, -0.5, D)[None]
 RESIDUALS = {
     "identity": hbp.Identity(),
-    "damped": hbp.Scalar(0.8),
+    "strong directions": hbp.Scalar(0.8) + hbp.LowRank(jnp.asarray(LEFT[None]), jnp.asarray(RIGHT[None])),
     "fixed point": hbp.Zero(),
     "mask": lambda params, x: hbp.Diagonal((x > 0).astype(x.dtype)),
     "matrix": lambda params, x: hbp.Dense(params["w"].T),
@@ -92,7 +93,9 @@ def residual_matrices(name: str, w: np.ndarray, states: np.ndarray) -> np.ndarra
         return (states[:-1] > 0).reshape(L, 1, B * D) * eye
     if name == "matrix":
         return np.stack([np.kron(np.eye(B), W.T) for W in w])
-    return np.repeat({"identity": 1.0, "damped": 0.8, "fixed point": 0.0}[name] * eye[None], L, 0)
+    if name == "strong directions":
+        return np.repeat(np.kron(np.eye(B), 0.8 * np.eye(D) + LEFT @ RIGHT)[None], L, 0)
+    return np.repeat({"identity": 1.0, "fixed point": 0.0}[name] * eye[None], L, 0)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])

@@ -6,6 +6,7 @@ The functions whose first argument is a mesh run on the ranks (tests/ranks.py).
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -45,6 +46,23 @@ class Dense(nn.Module):
         return hbp.Dense(self.a.T.detach())
 
 
+class Directed(Dense):
+    """The same, whose residual map is of rank 1."""
+
+    def residual_map(self, x: Any, y: Any) -> Any:
+        return hbp.LowRank(self.a.T[:, :1], self.a.T[:1])
+
+
+def directions(shared: bool) -> Any:
+    """Six maps with a strong direction each, or one for all."""
+    left, right, path = (
+        torch.randn(6, D, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3)
+    )
+    if shared:
+        return hbp.Scalar(0.8) + hbp.LowRank(left[:1, :, None] / 2, right[:1, None])
+    return hbp.Diagonal(path / 2) + hbp.LowRank(left[..., None] / 2, right[:, None])
+
+
 STACKS = {
     "identity": (lambda i: hb.Residual(block()), {}),
     "rectified": (lambda i: hb.Residual(block(), torch.relu), {}),
@@ -55,6 +73,9 @@ STACKS = {
     "none": (lambda i: hb.Residual(block()), {"residual": hbp.Zero()}),
     "dense": (lambda i: Dense(), {}),
     "kinds that differ from rank to rank": (lambda i: hb.Residual(block(), torch.relu if i == 1 else None), {}),
+    "strong directions": (lambda i: hb.Residual(block()), {"residual": directions(shared=False)}),
+    "the same directions": (lambda i: hb.Residual(block()), {"residual": directions(shared=True), "damping": 0.3}),
+    "directions on one rank": (lambda i: Directed() if i == 1 else hb.Residual(block(), torch.relu), {}),
     "three kinds": (lambda i: Dense() if i == 2 else hb.Residual(block(), torch.relu if i == 1 else None), {}),
 }
 
@@ -83,7 +104,7 @@ def piece(name: str, counts: Any, mesh: Any, **keywords: Any) -> Any:
     """A rank's DepthParallel."""
     layers, options = model(name, sum(counts))
     place = own(counts, mesh.get_local_rank())
-    cut = {key: value[place] if isinstance(value, tuple) else value for key, value in options.items()}
+    cut = {key: value if isinstance(value, float) else value[place] for key, value in options.items()}
     return hb.DepthParallel(*layers[place], mesh=mesh, **cut, **keywords)
 
 
@@ -170,7 +191,8 @@ def close(found: Any, reference: Any, tolerance: float = 1e-12) -> None:
 def test_every_iterate_is_that_of_the_chain_of_stages(ranks, name):
     for count, counts in COUNTS.items():
         ks = range(count + 1) if count == 3 else (1, count - 1)
-        settings = [{"iterations": k, "exchange": getattr(hb, EXCHANGES[(k + count) % 3])()} for k in ks]
+        ways = EXCHANGES[:1] if "directions" in name else EXCHANGES  # no way but the first takes those
+        settings = [{"iterations": k, "exchange": getattr(hb, ways[(k + count) % len(ways)])()} for k in ks]
         answers = ranks(gradients_on, name, counts, settings, ranks=count)
         for i, k in enumerate(ks):
             weights, dx = expected(name, counts, k)
@@ -200,6 +222,21 @@ def test_all_exchanges_have_the_same_numbers_and_whole_pieces_are_exact_from_one
                     if i >= len(EXCHANGES):
                         close([dx], numpy([x.grad]))
                 assert abs(answer[0][1] - x.grad.numpy()).max() > 1e-6  # one more round, for the block of stage 0
+
+
+def parts_on(mesh: Any) -> list[str]:
+    found = []
+    for name in EXCHANGES:
+        stack = piece("strong directions", COUNTS[3], mesh, iterations=1, exchange=getattr(hb, name)())
+        with pytest.raises(TypeError) if name != "AllGather" else nullcontext() as caught:
+            stack(inputs()).sum().backward()
+        found.append(str(caught and caught.value))
+    return found
+
+
+def test_strong_directions_are_sent_whole(ranks):
+    told = [f"{name}() cannot send parts of a LowRank residual; give exchange=hb.AllGather()" for name in EXCHANGES]
+    assert ranks(parts_on, ranks=3) == [["None", *told[1:]]] * 3
 
 
 def states_on(mesh: Any, k: Any) -> list[Any]:

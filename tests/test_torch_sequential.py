@@ -102,26 +102,29 @@ def residual_matrices(layers: Any, cuts: Cuts, replaced: Any, damping: Any) -> n
     for i, layer in enumerate(layers):
         x, y = cuts.starts[i].detach(), cuts.ends[i].detach()
         diagonal = torch.ones_like(y)
+        gamma = damping[i] if isinstance(damping, list) else damping
         if replaced is not None:
-            diagonal = replaced[i] * diagonal
-        elif isinstance(layer, hb.PostNorm):
+            maps.append((1 - gamma) * np.kron(np.eye(y.numel() // D), replaced[i]))
+            continue
+        if isinstance(layer, hb.PostNorm):
             total = (x + layer.block(x)).detach()
             diagonal = layer.norm.weight.detach() / (total.var(-1, correction=0, keepdim=True) + layer.norm.eps).sqrt()
         elif getattr(layer, "rectified", False):
             diagonal = (y > 0).double()
-        gamma = damping[i] if isinstance(damping, list) else damping
         maps.append((1 - gamma) * np.diag(diagonal.numpy().reshape(-1)))
     return np.stack(maps)
 
 
-SCALES = np.array([0.5, -0.25, 0.75, 1.0, 0.0])
+SCALES, EYE = np.array([0.5, -0.25, 0.75, 1.0, 0.0]), np.eye(D)
+LEFT, RIGHT = np.linspace(-1, 1, D)[:, None], np.linspace(1, 0.5, D)[None]
+ALONG = hbp.Scalar(0.5) + hbp.LowRank(torch.from_numpy(LEFT[None]), torch.from_numpy(RIGHT[None]))
 SPLITS = {
     "own": (0, None, None),
     "damped": (0.2, None, None),
     "damped each": ([0.1, 0.2, 0.3, 0.4, 0.5], None, None),
-    "fixed point": (0, hbp.Zero(), np.zeros(L)),
-    "damped identity": (0.5, hbp.Identity(), np.ones(L)),
-    "numbers": (0.1, hbp.Scalar(torch.from_numpy(SCALES)), SCALES),
+    "fixed point": (0, hbp.Zero(), [0 * EYE] * L),
+    "numbers": (0.1, hbp.Scalar(torch.from_numpy(SCALES)), [scale * EYE for scale in SCALES]),
+    "strong directions": (0.1, ALONG, [0.5 * EYE + LEFT @ RIGHT] * L),
 }
 ITERATES = ["pre-activation", "rectified", "mixed", "post-norm", "plain layers", "one layer five times",
             "one weight in all layers"]  # fmt: skip
@@ -345,7 +348,7 @@ def test_down_is_the_left_inverse_of_up():
         (
             lambda: hb.Sequential(nn.Linear(3, 3), residual=hbp.Scalar(torch.ones(2))),
             ValueError,
-            "residual has 2 maps and the stack 1 layers",
+            "the residual Scalar has 2 maps and the chain 1 layers; give one map per layer",
         ),
         (lambda: hb.Sequential(nn.Linear(3, 3), damping="0.1"), TypeError, "damping is '0.1'; give a number"),
         (

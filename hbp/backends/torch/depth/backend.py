@@ -17,8 +17,13 @@ from hbp.backends.torch.depth.exchange import LOCAL, Exchange, chosen
 from hbp.backends.torch.depth.ranks import Ranks
 from hbp.core.backend import Array
 from hbp.core.joining import one_each
-from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Scalar
-from hbp.linearization import WIDER, stack_maps
+from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Scalar, Zero
+from hbp.linearization import stack_maps
+from hbp.lowrank import LowRank
+
+KINDS = (Zero, Identity, Scalar, Diagonal, LowRank, Dense)
+"""The kinds of residual maps, each after those that it can stand for."""
+UNKNOWN = len(KINDS)
 
 
 class RankBackend(TorchBackend):
@@ -59,27 +64,38 @@ class RankBackend(TorchBackend):
         like = c[0]
         own = (operator[i : i + 1] for i in range(len(c) - 1))
         product = one_each(reduce(matmul, own, Identity()), 1, like, LOCAL).bind(1, like, LOCAL)
-        kind, shapes = type(product), [array.shape for array in product.arrays]
-        index = WIDER.index(kind) if kind in WIDER else len(WIDER)
-        rows = self.ranks.agree("the backward pass", {}, [index, crc32(repr(shapes).encode())])
-        if any(row != rows[0] for row in rows):
-            widest = max(row[0] for row in rows)
-            if widest > WIDER.index(Dense):
-                raise TypeError(
-                    f"the ranks' residual maps differ, a {kind.__name__} here; give one same kind everywhere"
-                )
-            product = _as_kind(WIDER[widest], product, like)
-        self.exchange = self.exchange or chosen(like.numel() * like.element_size(), self.ranks.count)
+        rows = self.ranks.agree("the backward pass", {}, _kind(product))
+        kind, path, rank = (max(column) for column in (*zip(*rows, strict=True),)[:3])
+        if isinstance(product, LowRank):
+            product = product.padded(rank)
+        if any((*row[:2], row[3]) != (kind, path, rows[0][3]) for row in rows):
+            if kind == UNKNOWN or (path == UNKNOWN and KINDS[kind] is LowRank):
+                name = type(product).__name__
+                raise TypeError(f"the ranks' residual maps differ, a {name} here; give one same kind everywhere")
+            product = _as_kind(KINDS[kind], KINDS[path], rank, product, like)
+        size = like.numel() * like.element_size()
+        self.exchange = self.exchange or chosen(size, self.ranks.count, product)
+        if not self.exchange.takes(product):
+            name = type(product).__name__
+            raise TypeError(f"{self.exchange} cannot send parts of a {name} residual; give exchange=hb.AllGather()")
         self._maps = self.exchange.prepared(product, like, self.ranks)
 
 
-def _as_kind(kind: Any, one: LinearOperator, like: Tensor) -> LinearOperator:
+def _kind(product: LinearOperator) -> list[int]:
+    """What ranks compare: a map's kind, that of its path beside strong directions, their number, and the shapes."""
+    path, rank, shapes = product, 0, [array.shape for array in product.arrays]
+    if isinstance(product, LowRank):
+        path, rank, (left, right) = product.path, product.rank, shapes[:2]
+        shapes[:2] = left[:-1], right[:-2] + right[-1:]
+    kinds = [KINDS.index(type(one)) if type(one) in KINDS else UNKNOWN for one in (product, path)]
+    return [*kinds, rank, crc32(repr(shapes).encode())]
+
+
+def _as_kind(kind: Any, path: Any, rank: int, one: LinearOperator, like: Tensor) -> LinearOperator:
     """One map as another kind that can stand for it, with an entry for each of the state's."""
-    wide: LinearOperator
+    wide: LinearOperator = Diagonal(torch.ones_like(like)) if Diagonal in (kind, path) else Scalar(like.new_ones(()))
     if kind is Dense:
         wide = Dense(torch.ones_like(like)[..., None] * torch.ones_like(like)[..., None, :])
-    elif kind is Diagonal:
-        wide = Diagonal(torch.ones_like(like))
-    else:
-        wide = Scalar(like.new_ones(()))
+    elif kind is LowRank:
+        wide = LowRank(like.new_zeros(*like.shape, rank), like.new_zeros(*like.shape[:-1], rank, like.shape[-1]), wide)
     return stack_maps([one[0], wide], like, LOCAL).bind(2, like, LOCAL)[:1]

@@ -18,6 +18,7 @@ from torch import Tensor
 from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.depth.ranks import Ranks
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Scalar, Zero
+from hbp.lowrank import LowRank
 
 LATENCY, BANDWIDTH = 20e-6, 20e9
 """Seconds and bytes per second between ranks, where nothing else is known."""
@@ -31,6 +32,10 @@ class Exchange(ABC):
     @abstractmethod
     def seconds(self, size: int, count: int, latency: float = LATENCY, bandwidth: float = BANDWIDTH) -> float:
         """About what one exchange of states of ``size`` bytes among ``count`` ranks takes."""
+
+    def takes(self, product: LinearOperator) -> bool:
+        """Whether it can do with residual maps of this kind."""
+        return True
 
     @abstractmethod
     def prepared(self, product: LinearOperator, like: Tensor, ranks: Ranks) -> Any:
@@ -71,6 +76,9 @@ class HillisSteele(Exchange):
     def seconds(self, size: int, count: int, latency: float = LATENCY, bandwidth: float = BANDWIDTH) -> float:
         return math.ceil(math.log2(count)) * (latency + size / bandwidth)
 
+    def takes(self, product: LinearOperator) -> bool:
+        return not isinstance(product, LowRank)  # the ranks of products add up, to others at the stack's end
+
     def prepared(self, product: LinearOperator, like: Tensor, ranks: Ranks) -> Any:
         """Per hop: the products of the maps of the ranks [r, r + shift), and of (r, r + shift)."""
         whole, behind, levels = product, cast("LinearOperator | None", None), []
@@ -103,6 +111,9 @@ class Transpose(Exchange):
     def seconds(self, size: int, count: int, latency: float = LATENCY, bandwidth: float = BANDWIDTH) -> float:
         return 2 * latency + 2 * (count - 1) / count * size / bandwidth
 
+    def takes(self, product: LinearOperator) -> bool:
+        return isinstance(product, Identity | Zero | Scalar | Diagonal | Dense)  # others act on no slices
+
     def prepared(self, product: LinearOperator, like: Tensor, ranks: Ranks) -> Any:
         match product:
             case Diagonal(values):
@@ -112,13 +123,8 @@ class Transpose(Exchange):
                 return Dense(_sliced(matrix.expand(1, *like.shape, d).reshape(-1, d, d), ranks))
             case Dense(matrix):
                 return Dense(torch.cat(ranks.gather(matrix.reshape(1, 1, *matrix.shape[-2:]))))
-            case Identity() | Zero() | Scalar():
-                maps = _gathered(product, ranks)
-                return Scalar(maps.arrays[0].reshape(-1, 1, 1)) if maps.arrays else maps
-        raise TypeError(
-            f"Transpose cuts states into slices, which a {type(product).__name__} does not act on; give "
-            "exchange=hb.AllGather()"
-        )
+        maps = _gathered(product, ranks)
+        return Scalar(maps.arrays[0].reshape(-1, 1, 1)) if maps.arrays else maps
 
     def entering(self, start: Tensor, maps: Any, ranks: Ranks) -> Tensor:
         rows = start.reshape(-1, start.shape[-1] if isinstance(maps, Dense) else 1)
@@ -127,13 +133,14 @@ class Transpose(Exchange):
         return ranks.transposed(scanned[1:]).flatten(0, 1)[: len(rows)].reshape(start.shape)
 
 
-def chosen(size: int, count: int) -> Exchange:
+def chosen(size: int, count: int, product: LinearOperator) -> Exchange:
     """The exchange that is quickest for states of ``size`` bytes among ``count`` ranks.
 
-    >>> chosen(1000, 4), chosen(10**9, 16)
+    >>> chosen(1000, 4, Identity()), chosen(10**9, 16, Identity())
     (AllGather(), Transpose())
     """
-    return min((AllGather(), HillisSteele(), Transpose()), key=lambda exchange: exchange.seconds(size, count))
+    every = (exchange for exchange in (AllGather(), HillisSteele(), Transpose()) if exchange.takes(product))
+    return min(every, key=lambda exchange: exchange.seconds(size, count))
 
 
 def _shifts(ranks: Ranks) -> list[int]:
@@ -142,8 +149,7 @@ def _shifts(ranks: Ranks) -> list[int]:
 
 def _gathered(product: LinearOperator, ranks: Ranks) -> LinearOperator:
     """All ranks' maps in one stack."""
-    arrays = [torch.cat(ranks.gather(array)) for array in product.arrays]
-    return type(product)(*arrays) if arrays else product
+    return product.mapped(lambda array: torch.cat(ranks.gather(array)))
 
 
 def _sliced(rows: Tensor, ranks: Ranks) -> Tensor:

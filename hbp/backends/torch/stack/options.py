@@ -47,8 +47,8 @@ class Stack(Scheduled):
         layers = len(list(self.members()))
         if residual is not None and not isinstance(residual, LinearOperator):
             raise TypeError(f"residual is a {type(residual).__name__}; give an operator, as hbp.Identity(), or None")
-        if residual is not None and residual.length not in (None, layers):
-            raise ValueError(f"residual has {residual.length} maps and the stack {layers} layers")
+        if residual is not None:
+            residual.check_length(layers)
         _gammas(damping, layers)
         if stacked not in (None, True, False):
             raise ValueError(f"stacked={stacked!r}; give True, False, or None for the faster one")
