@@ -6,6 +6,7 @@ The gradients are those of all parameters and, in cases with ``inputs``, of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
@@ -136,10 +137,9 @@ def _torch(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: An
 
     x = x.requires_grad_(bool(case.get("inputs")))
 
-    def method(name: str, module: Any, run: Any = None, **what: Any) -> Method:
+    def method(name: str, module: Any, **what: Any) -> Method:
         own = [p for p in (*module.parameters(), x) if p.requires_grad]
-        run = run or (lambda: _first(module(x)))
-        return Method(name, lib, run, lambda y: torch.autograd.grad(y, own, dy), **what)
+        return Method(name, lib, lambda: _first(module(x)), lambda y: torch.autograd.grad(y, own, dy), **what)
 
     cudnn = "cuDNN" if lib.on_gpu else "the library's own"
     yield method(f"torch.nn.{kind} ({cudnn})", layer(getattr(torch.nn, kind)))
@@ -158,16 +158,10 @@ def _torch(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: An
         other = pararnn.ParaRNN(cell, batch_first=False).to(x.device)
         yield method(f"pararnn {type(cell).__name__} (another model: diagonal)", other, yardstick=True)
     if "setting" in case:
-        cell = layer(torch.nn.GRUCell)
+        from benchmarks.loops import Loop
 
-        def loop() -> Any:
-            h, states = torch.zeros_like(x[0]), []
-            for row in x.unbind(0):
-                h = cell(row, h)
-                states.append(h)
-            return torch.stack(states)
-
-        yield method("loop over steps (the paper's setting)", cell, loop)
+        cell = getattr(torch.nn, f"{kind}Cell")
+        yield method("loop over steps (the paper's setting)", layer(partial(Loop, cell)))
 
 
 def _first(found: Any) -> Any:
@@ -194,7 +188,7 @@ def _jax(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: Any)
     def plain(params: Any, x: Any) -> Any:
         inputs = x @ params.weight_ih.T + params.bias_ih
         carry = zero if gru else (zero, zero)
-        return jax.lax.scan(lambda carry, row: _jax_step(params, carry, row), carry, inputs)[1]
+        return jax.lax.scan(lambda carry, row: jax_step(params, carry, row), carry, inputs)[1]
 
     yield method("jax.lax.scan", plain)
     layer = lib.front_end.gru if gru else lib.front_end.lstm
@@ -207,7 +201,7 @@ def _jax(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: Any)
             yield method(label, run, k=k, chunk=chunk, ours=True, exact=k is None)
 
 
-def _jax_step(params: Any, carry: Any, row: Any) -> Any:
+def jax_step(params: Any, carry: Any, row: Any) -> Any:
     """One step of the plain program, as one would write it by hand."""
     import jax
     import jax.numpy as jnp
