@@ -12,11 +12,14 @@ MODULES: tuple[str, ...] = (
     "fig4",
     "fig5",
     "fig6",
+    "tables",
     "schedules",
     "chunks",
     "damping",
     "changing",
     "ranks",
+    "splits",
+    "memory",
 )
 """Each a module beside this one that holds an `EXPERIMENT` of its name."""
 

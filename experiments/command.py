@@ -94,6 +94,8 @@ def _works(names: Sequence[str], request: Request) -> list[Work]:
     for work in [work for name in chosen for work in catalog.experiment(name).work(request)]:
         if work.key not in found or work.alone:
             found[work.key] = work
+    if not found:
+        raise ValueError(f"there is nothing to do for {', '.join(chosen)} with --backend {request.backend}")
     return sorted(found.values(), key=lambda work: (work.alone, work.key))
 
 
