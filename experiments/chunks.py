@@ -12,8 +12,8 @@ from experiments.results import EQUAL, Results, runs, table
 from experiments.training import Run
 
 TASK = "pixels"
-PLAIN = highway(0, 1, 3, 5, 10)
-CHUNKS = (4, 8, 16)
+PLAIN = highway(0, 1, 3, 10)
+CHUNKS = (8,)
 CHUNKED = [method for chunk in CHUNKS for method in highway(0, 1, 3, chunk=chunk)]
 
 

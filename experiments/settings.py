@@ -119,37 +119,37 @@ WORDS = StandardLibrary(unit="words", vocabulary=1000, length=64)
 
 
 def _small_roberta(task: Entailment) -> Roberta:
-    return Roberta(vocabulary=task.vocabulary, length=task.length, width=64, heads=4, layers=6, dropout=0.0)
+    return Roberta(vocabulary=task.vocabulary, length=task.length, width=64, heads=4, layers=4, dropout=0.0)
 
 
 LAPTOP: dict[str, Callable[[], Problem]] = {
     "resnet32": lambda: Problem(
         "pre-activation ResNet", Digits(), ResNet(5, preactivation=True, width=8, channels=1),
-        Training("sgd", 0.1, 300, 64, decay="divided", weight_decay=1e-4),
+        Training("sgd", 0.1, 150, 32, decay="divided", weight_decay=1e-4),
     ),
     "resnet110": lambda: Problem(
         "ResNet, longer", Digits(), ResNet(9, preactivation=False, width=8, channels=1),
-        Training("sgd", 0.1, 300, 64, decay="divided", weight_decay=1e-4),
+        Training("sgd", 0.1, 120, 32, decay="divided", weight_decay=1e-4),
     ),
     "resnet56": lambda: Problem(
-        "ResNet, 100 classes", Digits(pairs=True), ResNet(6, preactivation=False, width=8, channels=1, classes=100),
-        Training("sgd", 0.1, 400, 64, decay="divided", weight_decay=1e-4),
+        "ResNet, shorter", Digits(), ResNet(6, preactivation=False, width=8, channels=1),
+        Training("sgd", 0.1, 120, 32, decay="divided", weight_decay=1e-4),
     ),
     "mlp": lambda: Problem(
         "residual MLP", Digits(), ResidualMLP(16), Training("adam", 2e-3, 300, 64, warmup=30),
     ),
     "gpt2": lambda: Problem(
-        "GPT-2", WORDS, GPT2(1000, length=64, width=64, heads=4, layers=8),
-        Training("adamw", 2e-3, 500, 16, 50, beta2=0.98, weight_decay=0.1, clip=1.0),
+        "GPT-2", WORDS, GPT2(1000, length=64, width=64, heads=4, layers=6),
+        Training("adamw", 3e-3, 200, 8, 20, beta2=0.98, weight_decay=0.1, clip=1.0),
     ),
     "llama": lambda: Problem(
-        "Llama", WORDS, Llama(1000, length=64),
-        Training("adamw", 2e-3, 500, 16, 50, beta2=0.98, weight_decay=0.1, clip=1.0),
+        "Llama", WORDS, Llama(1000, length=64, layers=6),
+        Training("adamw", 3e-3, 200, 8, 20, beta2=0.98, weight_decay=0.1, clip=1.0),
     ),
     "roberta": lambda: Problem(
         "RoBERTa", Entailment(),
         _small_roberta(Entailment()),
-        Training("adamw", 1e-3, 1000, 32, 100, weight_decay=0.1, clip=1.0),
+        Training("adamw", 1e-3, 300, 32, 30, weight_decay=0.1, clip=1.0),
     ),
     "lstm": lambda: Problem(
         "LSTM, characters", CHARACTERS, RecurrentLM("lstm", 96, 96), Training("adam", 4e-3, 400, 16, warmup=40)
@@ -159,7 +159,7 @@ LAPTOP: dict[str, Callable[[], Problem]] = {
     ),
     "gru3": lambda: Problem(
         "GRU of 3 layers, words", WORDS, RecurrentLM("gru", 1000, 96, layers=3),
-        Training("adam", 3e-3, 400, 16, warmup=40),
+        Training("adam", 3e-3, 300, 16, warmup=30),
     ),
     "pixels": lambda: Problem(
         "GRU, pixel by pixel", Digits(pixels=True), RecurrentClassifier("gru", 1, 10),
@@ -170,7 +170,7 @@ LAPTOP: dict[str, Callable[[], Problem]] = {
     ),
     "gru-long": lambda: Problem(
         "GRU, characters, long", StandardLibrary(length=1024), RecurrentLM("gru", 96, 64),
-        Training("adam", 4e-3, 300, 2, warmup=30, clip=1.0),
+        Training("adam", 4e-3, 200, 2, warmup=20, clip=1.0),
     ),
     "pixels-lstm": lambda: Problem(
         "LSTM, pixel by pixel", Digits(pixels=True), RecurrentClassifier("lstm", 1, 10),

@@ -17,11 +17,11 @@ import hbp
 import hbp.backends.torch as hb
 from experiments.data import Data
 from experiments.experiment import Record
-from experiments.methods import Diagnosed, Estimated, Method
+from experiments.methods import Diagnosed, Estimated
 from experiments.models import build
 from experiments.models import torch as models
-from experiments.settings import Problem, Training
-from experiments.training import Step
+from experiments.settings import Training
+from experiments.training import Run, Step
 from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.diagnosis import Steps, undisturbed
 from hbp.backends.torch.options import Scheduled, scheduled
@@ -30,26 +30,23 @@ from hbp.diagnosis import Agreement, Settings, compared
 
 SAMPLES = 4
 """Random vectors of an estimate of the damping."""
-VALIDATED = 1000
-"""At most so many examples are validated on."""
+torch.set_flush_denormal(True)  # cotangents that vanish over hundreds of steps would slow all products down
 
 
 class Trainer:
     """A model in training; what all steps share."""
 
-    def __init__(
-        self, problem: Problem, data: Data, method: Method, seed: int, steps: int, folder: Path | None
-    ) -> None:
-        torch.manual_seed(seed)
-        self.problem, self.method, self.steps = problem, method, steps
-        self.model: nn.Module = build(problem.sizes, "torch", folder=folder)
-        self._data, self._seed = data, seed
+    def __init__(self, run: Run, data: Data) -> None:
+        torch.manual_seed(run.seed)
+        self.problem, self.method, self.steps = run.problem, run.method, run.length_of_training
+        self.model: nn.Module = build(self.problem.sizes, "torch", folder=run.data)
+        self._run, self._data = run, data
         self._layers: list[Scheduled] = list(scheduled(self.model).values())
-        self._optimizer = _optimizer(problem.training, self.model)
-        self._chosen = method.solver(0, steps)
+        self._optimizer = _optimizer(self.problem.training, self.model)
+        self._chosen = self.method.solver(0, self.steps)
         self._notes: Record = {}
         self._configure()
-        self._batches = data.train.batches(problem.training.batch, seed)
+        self._batches = data.train.batches(self.problem.training.batch, run.seed)
 
     @property
     def parameters(self) -> int:
@@ -64,7 +61,7 @@ class Trainer:
     def length(self) -> int:
         """Layers of a stack, or steps of a sequence."""
         (first, *_) = self._layers
-        batch = next(self._data.train.batches(1, self._seed))
+        batch = next(self._data.train.batches(1, self._run.seed))
         return len(list(first.members())) if isinstance(first, Stack) else batch.inputs[0].shape[1]
 
     def _configure(self) -> None:
@@ -152,14 +149,13 @@ class Trainer:
         return models.validate(self.problem.task, self.model, self._validation())
 
     def _validation(self) -> Any:
-        examples = self._data.validation
-        count = min(VALIDATED, len(examples))
+        examples, count = self._data.validation, self._run.validated or len(self._data.validation)
         few = replace(examples, inputs=tuple(x[:count] for x in examples.inputs), targets=examples.targets[:count])
         return few.once(max(self.problem.training.batch, 64))
 
     def probe(self, iterations: tuple[int, ...]) -> Record:
         """On one batch, the same all through training."""
-        batch = models.tensors(next(self._data.train.batches(self.problem.training.batch, 10_000 + self._seed)))
+        batch = models.tensors(next(self._data.train.batches(self.problem.training.batch, 10_000 + self._run.seed)))
         layers = scheduled(self.model)
         steps = Steps.of(self.model, self._loss, batch, layers)
         with undisturbed(self.model, layers.values()), redirect_stdout(io.StringIO()):
@@ -200,7 +196,7 @@ class Trainer:
             for followed, latest in zip(getattr(layer, "followed", ()), found, strict=True):
                 followed.latest = latest  # where the next step of subspace iteration starts from
         extra = state["extra"]
-        self._batches = self._data.train.batches(self.problem.training.batch, self._seed, extra.step)
+        self._batches = self._data.train.batches(self.problem.training.batch, self._run.seed, extra.step)
         return extra
 
 

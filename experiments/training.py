@@ -20,12 +20,14 @@ from experiments.settings import Problem, problem
 
 POINTS = 200
 """At most so many points has a curve; each is the mean of the steps since the one before."""
-VALIDATIONS = 20
+VALIDATIONS = 12
 PROBES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of a training at which its gradients are probed (figure 6)."""
 PROBED = (0, 1, 2, 3, 5, 8)
 """The iterations that a probe tries."""
 PROBED_TASKS = ("gru", "resnet32", "gpt2", "pixels")
+VALIDATED = {"accuracy": 500, "perplexity": 100, "loss": 500}
+"""On so many of the first examples the laptop validates, by the metric: of a text many targets are one example."""
 CHECKPOINT_S = 20.0
 """Seconds between checkpoints."""
 
@@ -158,8 +160,13 @@ class Run:
         """The model at its start."""
         module = import_module(f"experiments.{self.backend}_trainer")
         data = _data(self.problem.task, self.data)
-        made: Trainer = module.Trainer(self.problem, data, self.method, self.seed, self.length_of_training, self.data)
+        made: Trainer = module.Trainer(self, data)
         return made
+
+    @property
+    def validated(self) -> int | None:
+        """How many examples are validated on; None for all."""
+        return VALIDATED[self.problem.task.metric] if self.preset == "laptop" else None
 
     def check(self) -> int:
         return 16 * _parameters(
