@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks import memory, rnn, stack
 from benchmarks.measure import library
 from experiments import figures
 from experiments.experiment import Claim, Context, Experiment, Record, Request, Section
+from experiments.timing import Measurement
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
@@ -29,25 +30,11 @@ FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Peaks:
-    """The memory of all ways to one model's gradient, each in a process of its own, as a piece of work."""
+class Peaks(Measurement):
+    """The memory of all ways to one model's gradient, each in a process of its own."""
 
-    name: str
+    kind: ClassVar[str] = "memory"
     case: tuple[tuple[str, Any], ...]
-    backend: str
-    alone: bool = True
-    """What runs beside it would take its memory's place."""
-
-    @property
-    def what(self) -> str:
-        return f"memory-{self.name.lower().replace(' ', '-')}"
-
-    @property
-    def key(self) -> str:
-        return self.what
-
-    def check(self) -> int:
-        return 0
 
     def estimate(self) -> Record:
         return {"seconds": 5.0 * len(self._methods())}  # mostly the start of a process
@@ -79,7 +66,7 @@ class Peaks:
 
 def work(request: Request) -> list[Peaks]:
     """Both gated cells, and a stack of small layers."""
-    return [Peaks(name, tuple(case.items()), request.backend) for name, case in CASES[request.preset].items()]
+    return [Peaks(name, request.backend, tuple(case.items())) for name, case in CASES[request.preset].items()]
 
 
 def section(request: Request, records: Mapping[str, Record]) -> Section:
@@ -93,7 +80,7 @@ between the passes beside parameters and inputs, the paper's M_cache; *peak* the
 largest in one step. The paper counts M_cache + 2 M_h for backprop (24) and M_cache + 4 M_h for Highway-BP (25), which
 keeps w^0 and the products of the scan. hbp computes gates again instead of saving them, needs no w^0 (its iteration
 is folded) and no products (its scan on a CPU is a loop in place), but holds the temporaries of all layers at once,
-which (25) does not count. On small layers these weigh most, and chunks hold most of them."""
+which (25) does not count."""
 
 
 def _exact(record: Record) -> Record:

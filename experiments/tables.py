@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks.measure import library
 from experiments import figures
@@ -24,7 +24,7 @@ from experiments.layers import (
     methods,
     reference,
 )
-from experiments.timing import pick, timed
+from experiments.timing import Measurement, pick, timed
 
 RATIOS = (0, 5, 10)
 """The k of table 3."""
@@ -34,25 +34,12 @@ SHORTER = 16
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Training steps of one model in all ways, in turns, as a piece of work."""
+class Steps(Measurement):
+    """Training steps of one model in all ways, in turns."""
 
-    name: str
+    kind: ClassVar[str] = "steps"
     case: Case
-    backend: str
     rounds: int
-    alone: bool = True
-
-    @property
-    def what(self) -> str:
-        return f"steps-{self.name.lower().replace(', ', '-').replace(' ', '-')}"
-
-    @property
-    def key(self) -> str:
-        return self.what
-
-    def check(self) -> int:
-        return 0
 
     def estimate(self) -> Record:
         """From one step of each way through a shorter sequence."""
@@ -70,7 +57,7 @@ class Steps:
 def work(request: Request) -> list[Steps]:
     """The paper's four models."""
     rounds = min(ROUNDS, request.steps or ROUNDS)
-    return [Steps(name, case, request.backend, rounds) for name, case in zip(PAPER, CASES[request.preset], strict=True)]
+    return [Steps(name, request.backend, case, rounds) for name, case in zip(PAPER, CASES[request.preset], strict=True)]
 
 
 def section(request: Request, records: Mapping[str, Record]) -> Section:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 from benchmarks.measure import Method, Row, agreement, first_calls, time_all
 from experiments.experiment import Record
@@ -13,6 +13,32 @@ KEPT = ("method", "k", "chunk", "exact", "error", "cosine", "forward_ms", "backw
 """What a record holds of each way; times are [median, lower, upper quartile]."""
 TOLERANCE = 1e-3
 """The largest relative error of a way that is exact, in float32."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A piece of work that measures this machine with one model, and has it to itself; there is nothing to go on from.
+
+    Args:
+        name: the model's, on the page.
+        backend: what runs.
+    """
+
+    kind: ClassVar[str]
+    alone: ClassVar[bool] = True
+    name: str
+    backend: str
+
+    @property
+    def what(self) -> str:
+        return f"{self.kind}-{self.name.lower().replace(', ', '-').replace(' ', '-')}"
+
+    @property
+    def key(self) -> str:
+        return self.what
+
+    def check(self) -> int:
+        return 0
 
 
 def timed(methods: Sequence[Method], exact: Any, rounds: int, advance: Callable[[int, int], None]) -> list[Record]:

@@ -52,7 +52,7 @@ def test_so_do_those_in_jax(library, name, monkeypatch):
 
 
 def checked(library, case):
-    rows = tables.Steps("LSTM", case, library.name, rounds=2).perform(CONTEXT)["rows"]
+    rows = tables.Steps("LSTM", library.name, case, rounds=2).perform(CONTEXT)["rows"]
     assert pick(rows, LAYER)["error"] < 1e-5  # NumPy's definitions agree with the library's own autograd
     for row in rows:
         assert row["whole_ms"][0] > 0
