@@ -142,7 +142,7 @@ def _leading(weight: Array, rank: int, count: int, start: Directions | None, bac
     """``count`` directions, of which ``rank`` are taken."""
     linalg = backend.xp.linalg
     if start is not None and len(start.right) == count and math.isfinite(backend.norm(start.left)):
-        right = linalg.qr(weight.T @ backend.widened(start.left))[0].T
+        right = linalg.qr((backend.widened(start.left).T @ weight).T)[0].T  # reads the weight as it lies
     elif isinstance(norm := backend.norm(weight), float) and not math.isfinite(norm):
         right = backend.zeros_like(weight[:1].T @ weight[:1])[:count]  # as no decomposition would take it
     else:

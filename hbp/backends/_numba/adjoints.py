@@ -40,6 +40,16 @@ class How:
     threads: Threads
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of the pre-activations' cotangents go into which products."""
+
+    inputs: tuple[tuple[slice, slice], ...]
+    """Those of the product with the inputs' weights, each with the rows of the weights."""
+    recurrent: slice
+    """Those of the product with the states' weights."""
+
+
 def gru_adjoint(
     pullback: GRUPullback,
     dh: Array,
@@ -66,17 +76,13 @@ def gru_adjoint(
         return partial(loops.gru_steps(weight.dtype), *map(as_numpy, arrays), weight)
 
     # the cotangents come as those of n, r, z and the candidate's recurrent part
-    columns = slice(0, 3 * size), slice(size, 4 * size)
-    to_x = (
-        pullback.backend.concat([params.weight_ih[2 * size :], params.weight_ih[: 2 * size]]) if with_inputs else None
-    )
-    weights, recurrent, bias, dx = _back(
-        pullback, states, steps, [carry], columns, to_x, How(solver, directions, [dh], threads)
-    )
-    by_gate = [pullback.backend.concat([part[size : 3 * size], part[:size]]) for part in (weights, bias)]
+    inputs = (slice(size, 3 * size), slice(0, 2 * size)), (slice(0, size), slice(2 * size, 3 * size))
+    columns, how = Columns(inputs, slice(size, 4 * size)), How(solver, directions, [dh], threads)
+    weights, recurrent, bias, dx = _back(pullback, states, steps, [carry], columns, with_inputs, how)
     given = params.bias_ih, params.bias_hh
-    biases = [None if own is None else part for own, part in zip(given, (by_gate[1], bias[size:]), strict=True)]
-    return GRUParameters(by_gate[0], recurrent, *biases), dx, carry
+    by_gate = pullback.backend.concat([bias[size : 3 * size], bias[:size]])
+    biases = [None if own is None else part for own, part in zip(given, (by_gate, bias[size:]), strict=True)]
+    return GRUParameters(weights, recurrent, *biases), dx, carry
 
 
 def _gru_gates(pullback: GRUPullback, x: Array, before: Array, scratch: Array, threads: Threads) -> tuple[Array, Array]:
@@ -120,9 +126,9 @@ def lstm_adjoint(
         arrays = (gates[a:b], c[a - 1] if a else c0, c[a:b], dh[a:b], dc[a:b], pulled, *carries, d)
         return partial(loops.lstm_steps(weight.dtype), *map(as_numpy, arrays), weight)
 
-    columns, to_x = (slice(0, 4 * size),) * 2, params.weight_ih if with_inputs else None
-    how = How(solver, directions, [dh, dc], threads)
-    weights, recurrent, bias, dx = _back(pullback, states, steps, carries, columns, to_x, how)
+    every = slice(0, 4 * size)
+    columns, how = Columns(((every, every),), every), How(solver, directions, [dh, dc], threads)
+    weights, recurrent, bias, dx = _back(pullback, states, steps, carries, columns, with_inputs, how)
     given = (params.bias_ih, bias), (params.bias_hh, pullback.backend.concat([bias]))  # apart: they may be written into
     biases = [None if own is None else part for own, part in given]
     return LSTMParameters(weights, recurrent, *biases), dx, carries
@@ -145,11 +151,11 @@ def _back(
     before: Callable[[int, int], Array],
     steps: Callable[[int, int, Array, Array], Loop],
     carries: Sequence[Array],
-    columns: tuple[slice, slice],
-    to_x: Array | None,
+    columns: Columns,
+    with_inputs: bool,
     how: How,
 ) -> tuple[Array, Array, Array, Array | None]:
-    """The gradients of both weights, the sums of ``d``, and dx where the inputs' weights are given, of either cell.
+    """The gradients of both weights, the sums of ``d``, and dx where it is wanted, of either cell.
 
     Args:
         pullback: the cell's.
@@ -157,31 +163,41 @@ def _back(
         steps: the loop over these, given where ``d`` goes, the cotangents of the pre-activations, (b - a, B, 4H), and
             what was pulled back.
         carries: the cotangents that leave a step, zeros; the first gets the products with the weights.
-        columns: those of ``d`` that belong to the product with the inputs' weights, and to that with the states'.
-        to_x: the inputs' weights in the order of these columns, or None.
+        columns: those of ``d`` in each product.
+        with_inputs: whether dx is wanted.
         how: exact, in spans of time, or in rounds over all steps at once.
     """
-    x, weight, backend = pullback.x, pullback.params.weight_hh, pullback.backend
+    x, params, backend = pullback.x, pullback.params, pullback.backend
     carry, length = carries[0], len(x)
     batch, size = carry.shape
     looped = in_loop(f"{'gru' if isinstance(pullback, GRUPullback) else 'lstm'} backward", backend, batch, size)
     most = max(SPAN // max(4 * size * batch, 1), 8) if how.solver.exact else length
     d = empty(carry, (min(most, length), batch, 4 * size))
-    recurrent, bias = zeros(carry, weight.shape), zeros(carry, (4 * size,))
-    inputs, dx = zeros(carry, (weight.shape[0], x.shape[-1])), None
+    inputs, recurrent = empty(carry, params.weight_ih.shape), empty(carry, params.weight_hh.shape)
+    bias, dx = zeros(carry, (4 * size,)), empty(carry, x.shape) if with_inputs else None
     for b in range(length, 0, -most):
         a = max(b - most, 0)
         own = d[: b - a]
-        span = Span(partial(steps, a, b, own), carries, own, columns[1], weight, backend, how.threads)
+        span = Span(partial(steps, a, b, own), carries, own, columns.recurrent, params.weight_hh, backend, how.threads)
         if how.solver.exact:
             span.exact(looped)
         else:
             span.rounds(how.solver, how.directions, how.entering)
         rows = own.reshape(((b - a) * batch, 4 * size))
-        backend.add_product(inputs, rows[:, columns[0]].T, x[a:b].reshape((len(rows), x.shape[-1])))
-        backend.add_product(recurrent, rows[:, columns[1]].T, before(a, b).reshape((len(rows), size)))
+        add = backend.add_product if b < length else partial(_put, backend)  # a matrix of zeros would take its time
+        given = x[a:b].reshape((len(rows), x.shape[-1]))
+        for part, gates in columns.inputs:
+            add(inputs[gates], rows[:, part].T, given)
+        add(recurrent, rows[:, columns.recurrent].T, before(a, b).reshape((len(rows), size)))
         bias += rows.sum(0)
-        if to_x is not None:
-            dx = empty(carry, x.shape) if dx is None else dx
-            dx[a:b] = (rows[:, columns[0]] @ to_x).reshape((b - a, batch, x.shape[-1]))
+        if dx is not None:
+            add = partial(_put, backend)
+            for part, gates in columns.inputs:
+                add(dx[a:b].reshape(given.shape), rows[:, part], params.weight_ih[gates])
+                add = backend.add_product
     return inputs, recurrent, bias, dx
+
+
+def _put(backend: Any, product: Array, rows: Array, weight: Array) -> None:
+    """The product of two matrices, written into a third."""
+    backend.xp.matmul(rows, weight, out=product)
