@@ -22,13 +22,15 @@ from hbp import Diagonal, Identity, LinearOperator, Scalar, Solver, cli
 from hbp.backends import _kernels
 from hbp.backends.numpy import backend
 from hbp.cells import GRUParameters, LSTMParameters, gru, lstm
+from hbp.core.operator import Pair
 from hbp.core.registry import resolve
+from hbp.core.scan import sequential
 
 pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 import numba
 
 from hbp.backends import _numba
-from hbp.backends._numba import adjoints, compile, scan
+from hbp.backends._numba import adjoints, compile, lowrank, scan
 from hbp.backends._numba.compile import Threads
 from hbp.backends._numba.tiles import add_product
 from hbp.backends._tuning import pinned
@@ -170,6 +172,44 @@ def test_propagate_is_the_kernel(kind, dtype, convert, used, monkeypatch, rng):
     monkeypatch.setenv(_kernels.VARIABLE, "off")
     close([found], [np.asarray(hbp.propagate(given, c))], TOLERANCE[dtype])
     assert used == ["suffix_scan"]
+
+
+PATHS = {
+    "zero": lambda new, *_: hbp.Zero(),
+    "identity": lambda new, *_: Identity(),
+    "number": lambda new, *_: Scalar(-0.7),
+    "scalars": lambda new, length, *_: Scalar(new(length)),
+    "diagonal": lambda new, *shape: Diagonal(new(*shape)),
+    "pair": lambda new, *shape: Pair(*(new(*shape[:-1], 2, n) for n in (shape[-1] // 2, 1))),
+}
+
+
+@both_dtypes
+@pytest.mark.parametrize("path", PATHS)
+def test_scans_with_directions_are_the_loop(path, dtype, convert, used, threads, rng):
+    """Factors of each sequence or shared, of each step or shared, of several ranks, in both directions."""
+    sizes = ((1, (1,), 2, 1), (3, (), 6, 2), (20, (3,), 34, 17), (7, (2, 5), 8, 8), (2, (4,), 4, 0))
+    for (length, batch, d, rank), own, each in product(sizes, (True, False), (True, False)):
+        new = lambda *shape: (rng.normal(size=shape) / 3).astype(dtype)  # noqa: E731
+        leading = (length if each else 1, *(batch if own else ()))
+        maps = PATHS[path](new, length, *batch, d) + hbp.LowRank(new(*leading, d, rank), new(*leading, rank, d))
+        c = new(length + 1, *batch, *((2, d // 2) if path == "pair" else (d,)))
+        for given in (maps, maps.T):
+            ours, wide = given.mapped(convert), given.mapped(lambda array: array.astype(float))
+            before = [np.asarray(array).copy() for array in (c, *ours.arrays)]
+            found = hbp.propagate(ours, convert(c))
+            assert (type(found), used.pop()) == (type(convert(c)), "low_rank_scan")
+            expected = sequential(wide.bind(length, c[0].astype(float), backend), c.astype(float), backend)
+            close([found, c, *ours.arrays], [expected, *before], 10 * TOLERANCE[dtype])
+            bound = ours.bind(length, convert(c)[-1], resolve(None, convert(c)))
+            np.testing.assert_array_equal(lowrank.low_rank_scan(bound, convert(c), threads), found)
+
+
+def test_scans_with_directions_of_nothing(threads, rng):
+    for length, batch, d in ((0, 3, 4), (3, 0, 4), (3, 2, 0)):
+        maps = Diagonal(np.ones((length, batch, d))) + hbp.LowRank(np.ones((1, d, 0)), np.ones((1, 0, d)))
+        c = rng.normal(size=(length + 1, batch, d))
+        close([hbp.propagate(maps, c)], [np.cumsum(c[::-1], 0)[::-1]], 1e-12)
 
 
 def problem(cell: str, rng: Any, size: Any, dtype: str, biases: Any = (True, True), dc: bool = True) -> Any:

@@ -9,8 +9,11 @@ from typing import Any, cast
 from hbp.core.backend import Array, Gauge, Pullback, dtype_name
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.core.scan import hillis_steele, loop, propagate_pair, sequential
+from hbp.lowrank import LowRank
 
 HALF = ("float16", "bfloat16")
+PATHS = (Identity, Scalar, Diagonal, Pair, Zero)
+"""Kinds beside which directions have kernels."""
 
 
 class ArrayBackend:
@@ -60,6 +63,10 @@ class ArrayBackend:
             return c
         if isinstance(operator, Identity | Scalar | Diagonal):
             scan = self.kernel("suffix_scan", c, *operator.arrays)
+            if scan is not None:
+                return scan(operator, c)
+        if isinstance(operator, LowRank) and isinstance(operator.path, PATHS):
+            scan = self.kernel("low_rank_scan", c, *operator.arrays)
             if scan is not None:
                 return scan(operator, c)
         if dtype_name(c) in HALF:  # the scan adds L terms: once rounded, not L times

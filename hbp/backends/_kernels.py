@@ -111,7 +111,7 @@ class Kernels:
 
 
 CELLS = ("gru_forward", "gru_adjoint", "lstm_forward", "lstm_adjoint")
-CPU = Kernels("numba", "_numba", "numba", ("suffix_scan", *CELLS), everywhere=True)
+CPU = Kernels("numba", "_numba", "numba", ("suffix_scan", "low_rank_scan", *CELLS), everywhere=True)
 CUDA_TORCH = Kernels("torch", "torch.kernels", "triton", ("suffix_scan", "gru_rounds", "lstm_rounds"))
 CUDA_CUPY = Kernels("cupy", "cupy.kernels", "cupy", ("suffix_scan",))
 CUDA_JAX = Kernels("jax", "jax.kernels", "jax", ("suffix_scan",))

@@ -44,7 +44,7 @@ def suffix_scan(
         values = np.asarray(operator.value if isinstance(operator, Scalar) else 1, c.dtype)
     if out is None and g.size >= LARGE:
         (threads or own_threads()).run(partial(_touch(g.dtype), g.reshape(-1)), g.size, g.size)
-    arrays = _planes(_spread_out(values, c)), _planes(c), _planes(g)
+    arrays = _planes(spread_out(values, c)), _planes(c), _planes(g)
     _over_channels(partial(_scan(g.dtype), *arrays), arrays[-1], threads)
     return g
 
@@ -54,11 +54,11 @@ def suffix_scan_(values: Any, g: Any, threads: Threads | None = None) -> None:
     g = as_numpy(g)
     if not g[1:].size:
         return
-    arrays = _planes(_spread_out(as_numpy(values), g)), _planes(g)
+    arrays = _planes(spread_out(as_numpy(values), g)), _planes(g)
     _over_channels(partial(_scan_in_place(g.dtype), *arrays), arrays[-1], threads)
 
 
-def _spread_out(values: np.ndarray, states: np.ndarray) -> np.ndarray:
+def spread_out(values: np.ndarray, states: np.ndarray) -> np.ndarray:
     """One map's numbers for each of the states but the last, as a view: its axes are the last of a state."""
     if values.ndim:
         values = values.reshape(len(values), *(1,) * (states.ndim - values.ndim), *values.shape[1:])

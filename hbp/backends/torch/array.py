@@ -20,6 +20,8 @@ from hbp.core.scan import hillis_steele, sequential
 
 ROW = 4096
 """Numbers in a state up to which the scan on a CPU is cut into pieces."""
+SCANS = ("suffix_scan", "low_rank_scan")
+"""Compiled functions that return a NumPy array."""
 
 
 class TorchBackend(ArrayBackend):
@@ -65,7 +67,7 @@ class TorchBackend(ArrayBackend):
         from hbp.backends.torch.threads import torch_threads  # needs Numba
 
         found = partial(getattr(module, name), threads=torch_threads())
-        return found if name != "suffix_scan" else lambda *given: torch.from_numpy(found(*given))
+        return found if name not in SCANS else lambda *given: torch.from_numpy(found(*given))
 
     def add_product(self, sums: Array, rows: Array, weight: Array) -> None:
         sums.addmm_(rows, weight)
