@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import memory
 from benchmarks.measure import Library, Method, Row, agreement, first_calls, time_all
 
-TABLES = ("scan", "rnn", "stack", "blocks", "memory", "crossover")
+TABLES = ("scan", "rnn", "stack", "blocks", "memory", "crossover", "rank")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 """The largest relative error with which a method passes the test before it is timed, by its dtype."""
 Limits = dict[str, dict[str, float]]

@@ -84,6 +84,8 @@ _LINES = (
     ("Highway-BP (kernels)", 1, "-."),
     ("Highway-BP", 8, "--"),
     ("fixed point", 1, ":"),
+    ("Highway-BP, rank 16", 1, "--"),
+    ("Highway-BP, rank 16 (kernels)", 1, "-."),
 )
 
 

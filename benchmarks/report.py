@@ -16,6 +16,7 @@ PICTURES: dict[str, list[tuple[str, Callable[[tables.Rows], Any]]]] = {
     "scan": [("", plots.scan_speed)],
     "rnn": [("-error", plots.error_against_time), ("-speed", plots.speed)],
     "crossover": [("", plots.crossover), ("-speed", plots.speed)],
+    "rank": [("-error", plots.error_against_time)],
     "stack": [("-error", plots.error_against_time)],
     "blocks": [("-error", plots.error_against_time)],
     "memory": [("", plots.memory)],

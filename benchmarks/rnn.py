@@ -45,17 +45,40 @@ CASES = {
 GPU_CASES = [*grid(BOTH, (256, 1024, 4096, 16384), (1, 8, 32, 128), (128, 512), 1.4e11), PAPER]
 CHECK = {"T": 240, "B": 2, "H": 5, "weights": 10.0}
 """Weights so large that no two iterates without chunks are alike."""
+RANKED, TOLERANT = "Highway-BP, rank 16", "Highway-BP, rank 16, tolerance 0.1"
+SPLITS: dict[str, dict[str, Any]] = {
+    "fixed point": {"residual": hbp.Zero()},
+    RANKED: {"rank": 16},
+    TOLERANT: {"rank": 16, "tolerance": 0.1},
+}
+"""What a method asks for beside k and chunk, by its name."""
 
 
 @kept
 def problem(case: dict[str, Any]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Parameters as PyTorch draws them, times ``weights``; inputs (T, B, H) and cotangents of all states; float32."""
+    """Parameters as PyTorch draws them, times ``weights``; inputs (T, B, H) and cotangents of all states; float32.
+
+    In cases with ``strong`` directions, so many are added to the recurrent weights, as training on long ranges leaves
+    them: half of what a direction gives is along itself, and inputs are smaller.
+    """
     rng, size, gates = np.random.default_rng(0), case["H"], 3 if case["cell"] == "gru" else 4
     shapes = ((gates * size, size), (gates * size, size), (gates * size,), (gates * size,))
     bound = case["weights"] / np.sqrt(size)
     params = [rng.uniform(-bound, bound, shape).astype(np.float32) for shape in shapes]
     x, dy = (rng.standard_normal((case["T"], case["B"], size), dtype=np.float32) for _ in range(2))
+    if "strong" in case:
+        params[1] += _strong(rng, gates * size, size, case["strong"])
+        x /= 2
     return params, x, dy
+
+
+def _strong(rng: np.random.Generator, rows: int, size: int, count: int) -> np.ndarray:
+    """A weight of some singular values from 6 to 2, where noise as PyTorch draws it ends near 1.6."""
+    right, others = (np.linalg.qr(rng.standard_normal((n, count)))[0] for n in (size, rows))
+    own = np.zeros((rows, count))
+    own[2 * size : 3 * size] = right  # the candidate's rows, of either cell
+    found: np.ndarray = ((own + others) * np.geomspace(6, 2, count) / np.sqrt(2)) @ right.T
+    return found.astype(np.float32)
 
 
 def reference(case: dict[str, Any], method: Method | None = None, lib: Library | None = None) -> Any:
@@ -65,8 +88,7 @@ def reference(case: dict[str, Any], method: Method | None = None, lib: Library |
     wide = [a.astype(np.float64) if lib is None else lib.array(a.astype(np.float64)) for a in (*params, x, dy)]
     state = 0 * wide[4][0]
     how: dict[str, Any] = {} if method is None else {"iterations": method.k, "chunk": method.chunk or 1}
-    if method is not None and "fixed point" in method.name:
-        how["residual"] = hbp.Zero()
+    how |= SPLITS.get(method.name.removesuffix(" (kernels)"), {}) if method is not None else {}
     if case["cell"] == "gru":
         _, pull = hbp.cells.gru(hbp.cells.GRUParameters(*wide[:4]), wide[4], state, backend=plain)
         found, dx, _ = pull(wide[5], **how)
@@ -78,7 +100,10 @@ def reference(case: dict[str, Any], method: Method | None = None, lib: Library |
 
 
 def product_flops(case: dict[str, Any], method: Method) -> int:
-    """Of the products that a backward pass must compute: for both weights, the inputs, and each round of blocks."""
+    """Of the products that a backward pass must compute: for both weights, the inputs, and each round of blocks.
+
+    With a tolerance, of one round, the least that it takes.
+    """
     gates = 3 if case["cell"] == "gru" else 4
     rounds = 1 if method.k is None else method.k + 2 * ((method.chunk or 1) > 1)  # stages are filled before and after
     return 2 * case["T"] * case["B"] * gates * case["H"] ** 2 * (2 + rounds + bool(case.get("inputs")))
@@ -91,14 +116,15 @@ def methods(case: dict[str, Any], lib: Library) -> Iterator[Method]:
     yield from {"torch": _torch, "jax": _jax}.get(lib.name, _cells)(case, lib, *arrays)
 
 
-def _variants() -> Iterator[tuple[str, int | None, int, Any]]:
-    """Highway-BP with and without chunks, and the fixed point: name, k, chunk, residual."""
-    yield "exact adjoint", None, 1, None
-    for chunk in (1, CHUNK):
-        for k in ITERATIONS:
-            yield "Highway-BP", k, chunk, None
-    for k in (1, 3, 10):
-        yield "fixed point", k, 1, hbp.Zero()
+def _variants(case: dict[str, Any]) -> Iterator[tuple[str, int | None, int]]:
+    """Highway-BP with and without chunks, and the fixed point, or with directions: name, k, chunk."""
+    yield "exact adjoint", None, 1
+    if "strong" in case:
+        yield from ((name, k, 1) for k in (0, 1, 2) for name in ("Highway-BP", RANKED))
+        yield TOLERANT, None, 1
+        return
+    yield from (("Highway-BP", k, chunk) for chunk in (1, CHUNK) for k in ITERATIONS)
+    yield from (("fixed point", k, 1) for k in (1, 3, 10))
 
 
 def _cells(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: Any) -> Iterator[Method]:
@@ -106,21 +132,24 @@ def _cells(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: An
     xp, gru = lib.front_end.backend.xp, case["cell"] == "gru"
     state = xp.zeros_like(x[0])
 
-    def method(name: str, k: int | None, chunk: int, residual: Any, backend: Any = None) -> Method:
+    def method(name: str, k: int | None, chunk: int, backend: Any = None) -> Method:
+        split = SPLITS.get(name, {})
+
         def forward() -> Any:
             if gru:
                 return hbp.cells.gru(hbp.cells.GRUParameters(*params), x, state, backend=backend)[1]
             return hbp.cells.lstm(hbp.cells.LSTMParameters(*params), x, (state, state), backend=backend)[1]
 
         def backward(pull: Any) -> Any:
-            dparams, dx, _ = pull(dy if gru else (dy, None), iterations=k, chunk=chunk, residual=residual)
+            dparams, dx, _ = pull(dy if gru else (dy, None), iterations=k, chunk=chunk, **split)
             return (*dparams, dx) if case.get("inputs") else dparams
 
-        return Method(name, lib, forward, backward, k, chunk, "Hillis" not in name and residual is None, k is None)
+        ours = "Hillis" not in name and "residual" not in split
+        return Method(name, lib, forward, backward, k, chunk, ours, name == "exact adjoint")
 
-    for variant in _variants():
+    for variant in _variants(case):
         yield method(*variant)
-    yield method("Highway-BP by Hillis-Steele", 3, 1, None, Parallel(lib.name, xp))
+    yield method("Highway-BP by Hillis-Steele", 3, 1, Parallel(lib.name, xp))
 
 
 def _torch(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: Any) -> Iterator[Method]:
@@ -147,10 +176,10 @@ def _torch(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: An
     yield method("iterations=None", layer(ours), ours=True)
     if not lib.on_gpu:
         yield method('iterations=None, keep="states"', layer(ours, keep="states"), ours=True)
-    for name, k, chunk, residual in _variants():
-        exact = {"exact": "adjoint"} if k is None else {}
-        module = layer(ours, iterations=k, chunk=chunk, residual=residual, **exact)
-        yield method(name, module, k=k, chunk=chunk, ours=residual is None, exact=k is None)
+    for name, k, chunk in _variants(case):
+        split, pinned = SPLITS.get(name, {}), {"exact": "adjoint"} if name == "exact adjoint" else {}
+        module = layer(ours, iterations=k, chunk=chunk, **split, **pinned)
+        yield method(name, module, k=k, chunk=chunk, ours="residual" not in split, exact=bool(pinned))
     if find_spec("pararnn"):
         import pararnn
 
@@ -192,8 +221,8 @@ def _jax(case: dict[str, Any], lib: Library, params: list[Any], x: Any, dy: Any)
 
     yield method("jax.lax.scan", plain)
     layer = lib.front_end.gru if gru else lib.front_end.lstm
-    for name, k, chunk, residual in _variants():
-        if residual is None:
+    for name, k, chunk in _variants(case):
+        if name not in SPLITS:
             run = lambda params, x, k=k, chunk=chunk: layer(  # noqa: E731
                 params, x, zero if gru else (zero, zero), iterations=k, chunk=chunk
             )[1]

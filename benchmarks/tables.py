@@ -59,6 +59,16 @@ _SHORT: dict[str, tuple[str, dict[str, tuple[str, str, int | None, int | None]]]
             "jitted `lax.scan`": ("jax", "jax.lax.scan", None, None),
         },
     ),
+    "rank": (
+        "backward",
+        {
+            "torch.nn": ("torch", "torch.nn", None, None),
+            "`iterations=None`": ("torch", "iterations=None", None, None),
+            "k = 1": ("torch", "Highway-BP", 1, 1),
+            "k = 1, rank 16": ("torch", "Highway-BP, rank 16", 1, 1),
+            "rank 16, tolerance 0.1": ("torch", "Highway-BP, rank 16, tolerance 0.1", None, 1),
+        },
+    ),
     "crossover": (
         "whole",
         {

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("rich", reason="the benchmarks show their progress with rich")
 
 from benchmarks import __main__ as command
-from benchmarks import blocks, cases, crossover, measure, memory, report, rnn, scan, stack
+from benchmarks import blocks, cases, crossover, measure, memory, rank, report, rnn, scan, stack
 
 GRU = {"cell": "gru", "T": 20, "B": 2, "H": 4, "weights": 1.0}
 LSTM = {**GRU, "cell": "lstm"}
@@ -27,6 +27,7 @@ def _tiny(monkeypatch):
     monkeypatch.setitem(stack.CASES, "quick", [{"L": 9, "d": 3, "B": 2}])
     monkeypatch.setitem(blocks.CASES, "quick", [{"L": 4, "d": 6, "heads": 2, "T": 5}])
     monkeypatch.setitem(crossover.CASES, "quick", [GRU, {**GRU, "B": 3}, {**GRU, "T": 9}, LSTM])
+    monkeypatch.setitem(rank.CASES, "quick", [{**GRU, "H": 20, "strong": 3}, {**LSTM, "H": 20, "strong": 3}])
     monkeypatch.setitem(memory.CASES, "quick", [GRU])
 
 
@@ -37,7 +38,7 @@ def run(library, tmp_path, *tables):
 
 def test_every_row_is_checked_and_timed(library, tmp_path):
     tables = ["scan", "rnn"]
-    tables += {"torch": ["stack", "blocks", "crossover"], "jax": ["stack"]}.get(library.name, [])
+    tables += {"torch": ["stack", "blocks", "crossover", "rank"], "jax": ["stack"]}.get(library.name, [])
     status, documents = run(library, tmp_path, *tables)
     assert status == 0
     for table, document in documents.items():
@@ -88,6 +89,14 @@ def test_no_two_iterates_pass_for_one_another(cell):
     found = [module.reference(case, replace(method, k=k)) for k in rnn.ITERATIONS] + [module.reference(case)]
     for one, other in pairwise(found):
         assert measure.agreement(one, other).error > 3 * cases.TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("cell", rnn.BOTH)
+def test_strong_directions_are_what_the_gates_miss(cell):
+    case = {"cell": cell, "T": 96, "B": 2, "H": 256, "weights": 1.0, **rank.STRONG}
+    exact, method = rnn.reference(case), measure.Method("", measure.library("numpy"), lambda: 0, None, 1)
+    gate, ranked = (rnn.reference(case, replace(method, name=name)) for name in ("Highway-BP", rnn.RANKED))
+    assert measure.agreement(ranked, exact).error < 0.1 < 0.3 < measure.agreement(gate, exact).error
 
 
 def test_what_fails_is_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
