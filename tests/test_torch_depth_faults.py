@@ -168,6 +168,39 @@ def test_bad_input_is_refused_when_the_stack_is_built(ranks):
     ranks(built_on)
 
 
+def odd_on(mesh: Any) -> list[str]:
+    """What one rank alone is given, or all of them, is refused on all."""
+    found, layers, here = [], [hb.Residual(block()) for _ in range(3)], mesh.get_local_rank()
+    for odd in (here == 1, True):
+        own: Any = [3] if odd else layers[:1]
+        for build in (
+            lambda odd=odd: hb.DepthParallel(layers[here], mesh=mesh, exchange="x" if odd else None),
+            lambda odd=odd: hb.DepthParallel(layers[here], mesh=mesh, damping=[0.1, 0.2] if odd else 0),
+            lambda own=own: hb.DepthParallel(*own, mesh=mesh),
+            lambda odd=odd: hb.convert(nn.Sequential(*layers), mesh=mesh, iterations=-1 if odd else 1),
+            lambda odd=odd: hb.convert(nn.Sequential(*layers), mesh=mesh, stacks="x" if odd else None),
+        ):
+            with pytest.raises((TypeError, ValueError)) as caught:
+                build()
+            found.append(f"{caught.type.__name__}: {caught.value}")
+    return found
+
+
+def test_what_is_wrong_on_one_rank_is_told_on_all(ranks):
+    told = [
+        "TypeError: exchange is a str; give hb.AllGather(), hb.HillisSteele(), hb.Transpose() or None",
+        "ValueError: damping has 2 entries and the stack 1 layers",
+        "TypeError: layer 0 is a int; give torch.nn.Modules, as hbp's Residual",
+        "ValueError: iterations=-1 is too small; give an integer of at least 0",
+        "ValueError: stacks='x': ",
+    ]
+    for rank, found in enumerate(ranks(odd_on, ranks=3)):
+        for one, everywhere, expected in zip(found[:5], found[5:], told, strict=True):
+            kind, sentence = expected.split(": ", 1)
+            assert everywhere.startswith(expected)
+            assert one.startswith(f"{kind if rank == 1 else 'ValueError'}: rank 1: {sentence}")
+
+
 def transformed_on(mesh: Any) -> list[str]:
     """Calls that something transforms; afterwards the ranks are together as before."""
     found, x = [], inputs()

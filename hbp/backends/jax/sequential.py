@@ -55,7 +55,9 @@ def sequential(
         axis_name: inside `jax.shard_map`, the mesh axis over which ``params`` are split; each device keeps its own
             layers and their states. Take gradients outside of the `shard_map`; inside, only with its ``check_vma``.
             The axis may cross processes (`jax.distributed`), which then run the same program with the same options,
-            as JAX demands; a solver's ``watch`` is told in the process of the first device.
+            as JAX demands: with others they wait for one another and nothing says so, unless
+            `jax.experimental.multihost_utils.assert_equal` compares the options before. A solver's ``watch`` is told
+            in the process of the first device.
 
     Returns:
         The last state.

@@ -13,6 +13,7 @@ from hbp.backends.torch.autograd import Swap, tensors
 from hbp.backends.torch.depth.passage import Passage
 from hbp.backends.torch.depth.piece import Piece
 from hbp.backends.torch.depth.ranks import Ranks
+from hbp.core.solver import Solver
 
 
 class SpreadStack(Piece):
@@ -25,10 +26,18 @@ class SpreadStack(Piece):
     """The state that the last layer returned."""
     next: int = 0
 
-    def __init__(self, layers: Sequence[nn.Module], ranks: Ranks) -> None:
-        bounds = [i * len(layers) // ranks.count for i in range(ranks.count + 1)]
-        self.layers = layers
-        self.own = range(bounds[ranks.here], bounds[ranks.here + 1])
+    def __init__(
+        self, layers: Sequence[nn.Module], ranks: Ranks, exchange: Any, solver: Solver, residual: Any, damping: Any
+    ) -> None:
+        """This rank's share of some layers, with its own part of the residual and the damping of all of them."""
+        self.layers, self.own = layers, range(len(layers))
+        self.configure(solver, residual, damping)  # checks those of all
+        self.own = self.own[ranks.here * len(layers) // ranks.count : (ranks.here + 1) * len(layers) // ranks.count]
+        self.spread(ranks, len(self.own), exchange)
+        place = slice(self.own.start, self.own.stop)
+        damping = damping[place] if isinstance(damping, list | tuple) else damping
+        residual = residual if residual is None or residual.length is None else residual[place]
+        self.configure(solver, residual, damping)
 
     @property
     def training(self) -> bool:  # type: ignore[override]

@@ -34,8 +34,9 @@ class DepthParallel(Piece, nn.Module):
     P ranks, that of x from k = P. ``iterations=None`` is torch's own graph, and the ranks take turns.
 
     Each call, and each backward pass, begins with a few numbers from all ranks: where settings, shapes or places
-    differ, all raise the same ValueError. A rank that is gone is noticed by the others at the latest after the process
-    group's timeout.
+    differ, all raise the same ValueError. A rank whose process ends, by an exception in a layer for instance, is
+    noticed by the others at once on gloo, and at the latest after the process group's timeout; so is one that catches
+    the exception and goes on, since the others wait for its part. `init_process_group` takes a timeout: set minutes.
 
     Args:
         *own_layers: this rank's layers, at least one, whole and with their skip, as for `Sequential`; ranks may hold
@@ -52,7 +53,8 @@ class DepthParallel(Piece, nn.Module):
             ``backward()`` must be called all the same, as by ``y.sum().backward()``.
 
     Raises:
-        TypeError, ValueError: an option is not what its name says; the mesh has several axes, or a rank no layers.
+        TypeError, ValueError: an option is not what its name says, or a rank has no layers, on all ranks; the mesh has
+            several axes.
 
     >>> import torch
     >>> from torch.distributed import HashStore, destroy_process_group, init_device_mesh, init_process_group
@@ -77,16 +79,18 @@ class DepthParallel(Piece, nn.Module):
         last_only: bool = False,
     ) -> None:
         super().__init__()
-        for i, layer in enumerate(own_layers):
-            if not isinstance(layer, nn.Module):
-                raise TypeError(f"layer {i} is a {type(layer).__name__}; give torch.nn.Modules, as hbp's Residual")
-        self.settle(Ranks.along(mesh), len(own_layers), exchange, last_only)
-        for number, layer in zip(self.numbers, own_layers, strict=True):
-            self.add_module(str(number), layer)
-        whole = 1 if solver is not None else len(own_layers)
-        size = whole if chunk is None else chunk
-        how = Solver.of(solver, iterations=iterations, chunk=size, tolerance=tolerance)
-        self.configure(how, residual, damping)
+        ranks, own = Ranks.along(mesh), len(own_layers)
+        with ranks.together("building the stack"):
+            for i, layer in enumerate(own_layers):
+                if not isinstance(layer, nn.Module):
+                    raise TypeError(f"layer {i} is a {type(layer).__name__}; give torch.nn.Modules, as hbp's Residual")
+                self.add_module(str(i), layer)
+            self.spread(ranks, own, exchange, last_only)
+            size = (own if solver is None else 1) if chunk is None else chunk
+            how = Solver.of(solver, iterations=iterations, chunk=size, tolerance=tolerance)
+            self.configure(how, residual, damping)
+        self.settle(own)
+        self._modules = {str(number): layer for number, layer in zip(self.numbers, own_layers, strict=True)}
 
     def members(self) -> Iterable[nn.Module]:
         layers: Iterable[nn.Module] = self._modules.values()

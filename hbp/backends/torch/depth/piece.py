@@ -27,16 +27,24 @@ class Piece(Stack):
     called_whole: bool = True
     """Whether a layer's own hooks run inside of its call, not around it."""
 
-    def settle(self, ranks: Ranks, own: int, exchange: Any, last_only: Any = False) -> None:
-        """Take the options that only several ranks have, and find the place of this one's layers; collective."""
+    def spread(self, ranks: Ranks, own: int, exchange: Any, last_only: Any = False) -> None:
+        """Set the options that only several ranks have, checked.
+
+        Raises:
+            TypeError, ValueError: an option is not what its name says, or this rank has none of the layers.
+        """
         if exchange is not None and not isinstance(exchange, Exchange):
             kind = type(exchange).__name__
             raise TypeError(f"exchange is a {kind}; give hb.AllGather(), hb.HillisSteele(), hb.Transpose() or None")
         if not isinstance(last_only, bool):
             raise TypeError(f"last_only={last_only!r}; give True or False")
+        if not own:
+            raise ValueError("has no layers; give each rank at least one, or use a smaller mesh")
         self.ranks, self.exchange, self.last_only = ranks, exchange, last_only
-        trouble = "" if own else "has no layers; give each rank at least one, or use a smaller mesh"
-        counts = [row[0] for row in self.ranks.agree("building the stack", {}, [own], trouble)]
+
+    def settle(self, own: int) -> None:
+        """Find the place of this rank's layers; collective."""
+        counts = [row[0] for row in self.ranks.agree("building the stack", {}, [own])]
         before = sum(counts[: self.ranks.here])
         self.numbers = range(before, before + own)
 

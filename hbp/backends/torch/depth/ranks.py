@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from zlib import crc32
 
@@ -77,6 +78,23 @@ class Ranks:
             raise ValueError(_disagreement(told))
         return [other[2 : 2 + len(numbers)] for other in rows]
 
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Around checks that each rank does alone: where they fail on one, all raise, with the same sentence.
+
+        Raises:
+            TypeError, ValueError: they failed; a ValueError where they failed on other ranks only.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except (TypeError, ValueError) as found:
+            error = found
+        try:
+            self.agree(what, {}, [], str(error or ""))
+        except ValueError as told:
+            raise type(error or told)(str(told)) from error
+
     def gather(self, x: Tensor) -> list[Tensor]:
         """All ranks' tensors of one shape."""
         found = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.count)]
@@ -131,9 +149,10 @@ class Ranks:
 
 def _disagreement(told: Sequence[tuple[str, Mapping[str, str], str]]) -> str:
     """One sentence on what the ranks do not have in common."""
-    if any(trouble for _, _, trouble in told):
+    places = _places([one[2] for one in told])
+    if any(places):  # where all ranks have the same trouble, it need not be said where
         return "; ".join(
-            f"{where}: {trouble}" for trouble, where in _places([one[2] for one in told]).items() if trouble
+            f"{where}: {trouble}" if len(places) > 1 else trouble for trouble, where in places.items() if trouble
         )
     calls = [what for what, _, _ in told]
     if len(set(calls)) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from hbp.backends.torch.depth.ranks import Ranks
 from hbp.backends.torch.stack.finding import Row, largest, named
 from hbp.backends.torch.stack.options import Stack
 from hbp.backends.torch.stack.tracked import call_layer
+from hbp.core.backend import check_kind
 from hbp.core.operator import LinearOperator
 from hbp.core.schedule import Schedule
 from hbp.core.solver import Solver
@@ -75,24 +76,22 @@ def convert(
     >>> model = convert(model, iterations=2)
     >>> model(torch.randn(5, 3)).sum().backward()
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
-    how = Solver.of(solver, iterations=iterations, chunk=1 if chunk is None else chunk, tolerance=tolerance)
-    chosen = named(model, stacks) if stacks is not None else [largest(model)]
-    if mesh is not None and stacked is not None:
-        raise ValueError(f"stacked={stacked} is given beside a mesh; over several ranks each stage has its own graph")
-    if mesh is not None:
-        whole = chunk is None and solver is None
-        ranks = Ranks.along(mesh)
-        return _spread(model, chosen, how, ranks, exchange, residual=residual, damping=damping, whole=whole)
+    ranks = None if mesh is None else Ranks.along(mesh)
+    with nullcontext() if ranks is None else ranks.together("converting the model"):
+        how = Solver.of(solver, iterations=iterations, chunk=1 if chunk is None else chunk, tolerance=tolerance)
+        chosen = _rows(model, stacks)
+        if ranks is not None:
+            stack = SpreadStack(_one_stack(chosen, stacked), ranks, exchange, how, residual, damping)
+            if chunk is None and solver is None:
+                stack.chunk = len(stack.own)
+    if ranks is not None:
+        return _spread(model, stack)
     if exchange is not None:
         raise ValueError(f"exchange={exchange} is given without a mesh; give mesh= too")
     converted = []
     for name, layers in chosen:
         options = ConvertedStack(tuple(dict.fromkeys(layers)))
         options.configure(how, residual, damping, stacked)
-        for i, layer in enumerate(layers):
-            _check_layer(f"{name}[{i}]" if name else f"entry {i}", layer)
         converted.append((name, layers, options))
     for name, layers, options in converted:
         for layer in options.layers:
@@ -122,35 +121,34 @@ def revert(model: Model) -> Model:
     return model
 
 
-def _spread(
-    model: Model,
-    chosen: list[Row],
-    how: Solver,
-    ranks: Ranks,
-    exchange: Any,
-    *,
-    residual: Any,
-    damping: Any,
-    whole: bool,
-) -> Model:
-    """`convert` over several ranks, a piece of which is ``whole`` one stage; collective."""
+def _rows(model: nn.Module, stacks: Any) -> list[Row]:
+    """The lists of a model to convert, checked."""
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
+    chosen = named(model, stacks) if stacks is not None else [largest(model)]
+    for name, layers in chosen:
+        for i, layer in enumerate(layers):
+            _check_layer(f"{name}[{i}]" if name else f"entry {i}", layer)
+    return chosen
+
+
+def _one_stack(chosen: list[Row], stacked: Any) -> Sequence[nn.Module]:
+    """The layers that `convert` spreads over several ranks."""
+    if stacked is not None:
+        raise ValueError(f"stacked={stacked} is given beside a mesh; over several ranks each stage has its own graph")
     if len(chosen) > 1:
         raise ValueError(f"stacks names {len(chosen)} lists; over several ranks one stack is converted")
-    ((name, layers),) = chosen
-    for i, layer in enumerate(layers):
-        _check_layer(f"{name}[{i}]" if name else f"entry {i}", layer)
-    ConvertedStack(tuple(layers)).configure(how, residual, damping)
-    stack = SpreadStack(layers, ranks)
-    stack.settle(ranks, len(stack.own), exchange)
+    return chosen[0][1]
+
+
+def _spread(model: Model, stack: SpreadStack) -> Model:
+    """`convert` over several ranks; collective."""
+    stack.settle(len(stack.own))
     stack.check(model)
-    own = slice(stack.own.start, stack.own.stop)
-    damping = damping[own] if isinstance(damping, list | tuple) else damping
-    residual = residual if residual is None or residual.length is None else residual[own]
-    stack.configure(replace(how, chunk=len(stack.own)) if whole else how, residual, damping)
     stack.let_go(model)
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(stack.layers):
         layer.forward = SpreadForward(stack, layer, i)
-    LOG.info("hbp.convert: layers %d to %d of %d on this rank", own.start, own.stop - 1, len(layers))
+    first, last = stack.own[0], stack.own[-1]
+    LOG.info("hbp.convert: layers %d to %d of %d on this rank", first, last, len(stack.layers))
     return model
 
 
