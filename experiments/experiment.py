@@ -74,12 +74,21 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, what was measured here, and whether both agree by the rule stated; None: not to be told."""
+    """What is claimed, what was measured here, and whether both agree by a rule.
+
+    Args:
+        paper: the claim, the paper's unless it says otherwise.
+        measured: in figures.
+        rule: by which ``agrees`` was found.
+        agrees: None where it cannot be told.
+        limit: whether the claim says where the method does not work.
+    """
 
     paper: str
     measured: str
     rule: str
     agrees: bool | None
+    limit: bool = False
 
 
 @dataclass(frozen=True)

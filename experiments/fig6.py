@@ -96,7 +96,7 @@ def _far(results: Results) -> Claim:
     cosine = _mean(probes, "cosine")[probes[0]["k"].index(3)]
     early = _probes(results, LONG_RANGE, 0.0)
     before = f", {_mean(early, 'cosine')[early[0]['k'].index(3)]:.3f} at the start" if early else ""
-    return Claim(paper, f"cosine at k = 3: {cosine:.3f} at the end{before}", rule, cosine < 0.9)
+    return Claim(paper, f"cosine at k = 3: {cosine:.3f} at the end{before}", rule, cosine < 0.9, limit=True)
 
 
 def _table(results: Results) -> str:

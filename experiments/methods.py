@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import hbp
 
@@ -33,6 +33,14 @@ class Phases:
             return "-".join(rounds)
         return "-".join(f"{k}at{100 * share:g}" for k, share in zip(rounds, self.starts, strict=True))
 
+    @property
+    def label(self) -> str:
+        """For people."""
+        rounds = ["exact" if k is None else f"k = {k}" for k in self.rounds]
+        if self.starts is None:
+            return ", ".join(rounds)
+        return ", ".join(f"{k} from {share:.0%}" for k, share in zip(rounds, self.starts, strict=True))
+
 
 @dataclass(frozen=True)
 class Diagnosed:
@@ -46,6 +54,11 @@ class Diagnosed:
     def __str__(self) -> str:
         return f"diagnosed{self.target:g}"
 
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"k by diagnose within {self.target:.0%}"
+
 
 @dataclass(frozen=True)
 class Estimated:
@@ -56,6 +69,11 @@ class Estimated:
 
     def __str__(self) -> str:
         return "per-layer" if self.per_layer else "estimated"
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"gamma estimated{' per layer' if self.per_layer else ''}"
 
 
 Kind: TypeAlias = Literal["library", "exact", "highway", "fixed-point"]
@@ -87,15 +105,15 @@ class Method:
     @property
     def label(self) -> str:
         """A name for people."""
-        found = [LABELS[self.kind], *(f"{long} {value}".strip() for _, long, value in self._options())]
-        return ", ".join(found).replace("-exact", " to exact")
+        return ", ".join([LABELS[self.kind], *(getattr(v, "label", f"{long} {v}") for _, long, v in self._options())])
 
-    def _options(self) -> list[tuple[str, str, str]]:
-        found = [] if self.iterations is None else [("k", "k =", str(self.iterations))]
-        found += [("chunk", "chunk", str(self.chunk))] if self.chunk > 1 else []
+    def _options(self) -> list[tuple[str, str, Any]]:
+        """What differs from the defaults: in a key, for people, the value."""
+        found: list[tuple[str, str, Any]] = [] if self.iterations is None else [("k", "k =", self.iterations)]
+        found += [("chunk", "chunk", self.chunk)] if self.chunk > 1 else []
         found += [] if self.tolerance is None else [("tol", "tolerance", f"{self.tolerance:g}")]
-        found += [("rank", "rank", str(self.rank))] if self.rank else []
-        return found + ([] if self.damping is None else [("gamma", "gamma", str(self.damping))])
+        found += [("rank", "rank", self.rank)] if self.rank else []
+        return found + ([] if self.damping is None else [("gamma", "gamma", self.damping)])
 
     def solver(self, step: int, steps: int) -> hbp.Solver:
         """The solver of a training step; of `Diagnosed` before the first measurement, exact backprop."""

@@ -52,8 +52,8 @@ def _claim(results: Results, task: str) -> Claim:
             parts[-1] += f" with {rounds:.2f} rounds"
             worse = exact.mean - found.mean if results.metric(task) == "accuracy" else found.mean - exact.mean
             verdicts.append(worse <= 0.01 and rounds <= 4)
-    measured = f"{results.title(task)}: {'; '.join(parts)}"
-    return Claim(paper, measured, rule, all(verdicts) if verdicts else None)
+    measured = f"{results.title(task)}: {'; '.join(parts)}{results.note(task)}"
+    return Claim(paper, measured, rule, all(verdicts) if verdicts and results.learned(task) else None)
 
 
 EXPERIMENT = Experiment("ranks", "Strong directions in the residual path", work, section)

@@ -129,11 +129,11 @@ LAPTOP: dict[str, Callable[[], Problem]] = {
     ),
     "resnet110": lambda: Problem(
         "ResNet, longer", Digits(), ResNet(9, preactivation=False, width=8, channels=1),
-        Training("sgd", 0.1, 120, 32, decay="divided", weight_decay=1e-4),
+        Training("sgd", 0.02, 120, 32, decay="divided", weight_decay=1e-4),
     ),
     "resnet56": lambda: Problem(
         "ResNet, shorter", Digits(), ResNet(6, preactivation=False, width=8, channels=1),
-        Training("sgd", 0.1, 120, 32, decay="divided", weight_decay=1e-4),
+        Training("sgd", 0.02, 120, 32, decay="divided", weight_decay=1e-4),
     ),
     "mlp": lambda: Problem(
         "residual MLP", Digits(), ResidualMLP(16), Training("adam", 2e-3, 300, 64, warmup=30),
