@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from experiments import figures
 from experiments.experiment import Claim, Experiment, Record, Request, Section
-from experiments.methods import EXACT, Method, Phases, highway
+from experiments.methods import EXACT, Backward, Phases, highway
 from experiments.results import EQUAL, Results, runs, table
 from experiments.training import Run
 
 LOW = highway(1)[0]
-RISING = Method("highway", Phases((1, 2, None)))
+RISING = Backward("highway", Phases((1, 2, None)))
 TASKS = ("gpt2", "llama")
 
 

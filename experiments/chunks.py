@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments import figures
 from experiments.experiment import Claim, Experiment, Record, Request, Section
-from experiments.methods import EXACT, Method, block_steps, highway
+from experiments.methods import EXACT, Backward, block_steps, highway
 from experiments.results import EQUAL, Results, runs, table
 from experiments.training import Run
 
@@ -59,13 +59,13 @@ def _claim(results: Results) -> Claim:
         for method, verdict in verdicts.items()
         if verdict and 2 * block_steps(length, _k(method), method.chunk, False) <= length
     ]
-    plain = results.as_good(TASK, Method("highway", 3))
-    parts = [f"{method.label}: {results.show(TASK, method)}" for method in [EXACT, Method("highway", 3), *good]]
+    plain = results.as_good(TASK, Backward("highway", 3))
+    parts = [f"{method.label}: {results.show(TASK, method)}" for method in [EXACT, Backward("highway", 3), *good]]
     known = plain is not None and any(verdict is not None for verdict in verdicts.values())
     return Claim(paper, "; ".join(parts), rule, bool(good) and not plain if known else None)
 
 
-def _k(method: Method) -> int:
+def _k(method: Backward) -> int:
     assert isinstance(method.iterations, int)
     return method.iterations
 

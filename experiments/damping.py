@@ -6,16 +6,16 @@ from collections.abc import Mapping
 
 from experiments import figures
 from experiments.experiment import Claim, Experiment, Record, Request, Section
-from experiments.methods import EXACT, Estimated, Method
+from experiments.methods import EXACT, Backward, Estimated
 from experiments.results import MARGIN, Results, runs, table
 from experiments.training import Run
 
 TASK = "gpt2"
 K = 1
-PLAIN = Method("highway", K, damping=0.0)
-GIVEN = Method("highway", K)
-ESTIMATED = Method("highway", K, damping=Estimated())
-PER_LAYER = Method("highway", K, damping=Estimated(per_layer=True))
+PLAIN = Backward("highway", K, damping=0.0)
+GIVEN = Backward("highway", K)
+ESTIMATED = Backward("highway", K, damping=Estimated())
+PER_LAYER = Backward("highway", K, damping=Estimated(per_layer=True))
 
 
 def work(request: Request) -> list[Run]:

@@ -6,16 +6,17 @@ import math
 from collections.abc import Mapping
 
 from experiments import fig2, figures
+from experiments.against_k import methods
 from experiments.experiment import Claim, Experiment, Record, Request, Section
-from experiments.methods import EXACT, Method
+from experiments.methods import EXACT, Backward
 from experiments.results import Results, runs
 from experiments.training import Run
 
 TASK = "gpt2"
 
 
-def _methods(request: Request) -> list[Method]:
-    return [method for method in fig2.methods(request, TASK) if method.kind != "fixed-point"]
+def _methods(request: Request) -> list[Backward]:
+    return [method for method in methods(fig2.AXES[request.preset], TASK) if method.kind != "fixed-point"]
 
 
 def work(request: Request) -> list[Run]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from experiments import figures
 from experiments.experiment import Claim, Experiment, Record, Request, Section
-from experiments.methods import EXACT, LIBRARY, Method, highway
+from experiments.methods import EXACT, LIBRARY, Backward, highway
 from experiments.results import Results, reached, runs, table
 from experiments.training import Run
 
@@ -34,7 +34,7 @@ def section(request: Request, records: Mapping[str, Record]) -> Section:
     return Section(claims, table(results), {"fig5": figure})
 
 
-def _claim(results: Results, base: Method, paper: str) -> Claim:
+def _claim(results: Results, base: Backward, paper: str) -> Claim:
     """That Highway-BP reaches the base's last loss sooner."""
     rule = (
         f"The first validation with a mean loss within 1 % of the last one of {base.label}, in seconds; k = 0, 1 or 3."

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.experiment import Record
-from experiments.methods import EXACT, LIBRARY, Method
+from experiments.methods import EXACT, LIBRARY, Backward
 from experiments.results import Results
 
 STYLES = {"highway": ("o-", "C1"), "fixed-point": ("s--", "C0")}
@@ -39,7 +39,7 @@ def against_k(results: Results, tasks: Sequence[str] | None = None) -> Figure:
         if exact is not None and math.isfinite(exact.mean):
             axis.axhline(exact.mean, color="black", label="exact backprop")
             axis.axhspan(exact.mean - exact.deviation, exact.mean + exact.deviation, color="black", alpha=0.15)
-        for method in dict.fromkeys(Method(m.kind, 0, m.chunk) for m in results.methods(task) if m.kind in STYLES):
+        for method in dict.fromkeys(Backward(m.kind, 0, m.chunk) for m in results.methods(task) if m.kind in STYLES):
             _line(axis, results, task, method)
         axis.set(xlabel="iterations k", ylabel=metric, title=results.title(task))
         if metric == "perplexity":
@@ -49,25 +49,25 @@ def against_k(results: Results, tasks: Sequence[str] | None = None) -> Figure:
     return figure
 
 
-def _line(axis: Any, results: Results, task: str, family: Method) -> None:
+def _line(axis: Any, results: Results, task: str, family: Backward) -> None:
     """Of the methods that differ from one another in k alone."""
     points = []
     for method in results.methods(task, family.kind):
         k = method.iterations
         found = results.final(task, method)
-        if isinstance(k, int) and method == Method(family.kind, k, family.chunk) and found is not None:
+        if isinstance(k, int) and method == Backward(family.kind, k, family.chunk) and found is not None:
             points.append((k, found.mean, found.deviation))
     kept = sorted(point for point in points if math.isfinite(point[1]))
     if kept:
         style, color = STYLES[family.kind]
-        label = Method(family.kind, None, family.chunk).label
+        label = Backward(family.kind, None, family.chunk).label
         color = color if family.chunk == 1 else f"C{int(math.log2(family.chunk)) + 2}"
         k, mean, deviation = zip(*kept, strict=True)
         axis.errorbar(k, mean, deviation, fmt=style, color=color, capsize=3, markersize=4, label=label)
 
 
 def curves(
-    axis: Any, results: Results, task: str, clock: str, methods: Sequence[Method] | None = None, name: str = "loss"
+    axis: Any, results: Results, task: str, clock: str, methods: Sequence[Backward] | None = None, name: str = "loss"
 ) -> None:
     """Validation curves against a clock: means over seeds, with their standard deviation as a band."""
     for i, method in enumerate(results.methods(task) if methods is None else methods):

@@ -80,7 +80,7 @@ Kind: TypeAlias = Literal["library", "exact", "highway", "fixed-point"]
 
 
 @dataclass(frozen=True)
-class Method:
+class Backward:
     """One way to solve the adjoint equation of every training step.
 
     Args:
@@ -130,18 +130,18 @@ class Method:
         return isinstance(self.iterations, Phases)
 
 
-EXACT = Method()
-LIBRARY = Method("library")
+EXACT = Backward()
+LIBRARY = Backward("library")
 
 
-def highway(*iterations: int, chunk: int = 1) -> list[Method]:
+def highway(*iterations: int, chunk: int = 1) -> list[Backward]:
     """Highway-BP for each k."""
-    return [Method("highway", k, chunk) for k in iterations]
+    return [Backward("highway", k, chunk) for k in iterations]
 
 
-def fixed_point(*iterations: int) -> list[Method]:
+def fixed_point(*iterations: int) -> list[Backward]:
     """The fixed-point baseline for each k."""
-    return [Method("fixed-point", k) for k in iterations]
+    return [Backward("fixed-point", k) for k in iterations]
 
 
 def block_steps(length: int, rounds: int | None, chunk: int, sources: bool) -> int:

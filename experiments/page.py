@@ -72,7 +72,7 @@ def _text(
     yield _where(document, records)
     yield "## In short"
     rows = [(f"[{one.title}](#{one.name})", claim) for one, section in sections for claim in section.claims]
-    body = [f"| {title} | {claim.paper} | {claim.measured} | {_word(claim)} |" for title, claim in rows]
+    body = [f"| {title} | {_cell(claim.paper)} | {_cell(claim.measured)} | {_word(claim)} |" for title, claim in rows]
     yield "\n".join(["| | claim | measured here | agrees |", "| --- | --- | --- | --- |", *body])
     short = [claim for _, claim in rows if claim.agrees is False or (claim.limit and claim.agrees)]
     if short:
@@ -85,6 +85,10 @@ def _text(
             yield f"**Agrees: {_word(claim)}.** {claim.rule}"
         yield from [section.text] if section.text else []
         yield from (f"![{name}]({name}.png)" for name in section.figures)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _agreement(claim: Claim) -> str:

@@ -29,22 +29,18 @@ class Place:
     key: str
     checkpoint: Path
     show: Show
-    parent: int | None = None
-    """The process that waits for this one."""
 
     def advance(self, done: int, total: int, text: str = "") -> None:
-        if self.parent is not None and os.getppid() != self.parent:
-            os._exit(1)  # it was killed, and nobody waits for what this one does
         self.show(self.key, done, total, text)
 
 
-def perform(work: Work, folder: Folder, threads: int, show: Show, parent: int | None = None) -> None:
+def perform(work: Work, folder: Folder, threads: int, show: Show, beside: bool = False) -> None:
     """Do a piece of work on so many threads, and write its record."""
-    place = Place(work.key, folder.checkpoint(work.key), show, parent)
+    place = Place(work.key, folder.checkpoint(work.key), show)
     start = perf_counter()
     with limited(threads):
         found = work.perform(place)
-    where = {"key": work.key, "alone": parent is None or work.alone, "commit": commit()}
+    where = {"key": work.key, "alone": work.alone or not beside, "commit": commit()}
     where |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "performed_s": round(perf_counter() - start, 2)}
     write(folder.record(work.key), where | found)
     place.checkpoint.unlink(missing_ok=True)
@@ -67,20 +63,18 @@ def _side_by_side(
     works: Sequence[Work], folder: Folder, threads: int, jobs: int, show: Show, finished: Callable[[str], None]
 ) -> None:
     context = get_context("spawn")
-    told = context.SimpleQueue()
+    told, ended = context.SimpleQueue(), context.Event()
     listener = threading.Thread(target=_listen, args=(told, show), daemon=True)
     listener.start()
-    with limited(threads), ProcessPoolExecutor(jobs, context, _start, (told, os.getpid())) as pool:
+    with limited(threads), ProcessPoolExecutor(jobs, context, _start, (told, ended, os.getpid())) as pool:
         futures = {pool.submit(_perform_there, work, folder, threads): work for work in works}
         try:
             for future in as_completed(futures):
                 future.result()
                 finished(futures[future].key)
         except BaseException:
-            for future in futures:
-                future.cancel()
-            for process in (pool._processes or {}).values():
-                process.terminate()
+            ended.set()
+            pool.shutdown(cancel_futures=True)
             raise
     told.put(None)
     listener.join()
@@ -91,16 +85,22 @@ def _listen(told: Any, show: Show) -> None:
         show(*message)
 
 
-_THERE: tuple[Any, int] | None = None
-"""Of a process beside the first: whom it tells, and the first one's number."""
+_THERE: tuple[Any, Any, int] | None = None
+"""Of a process beside the first: whom it tells, whether to end, and the first one's number."""
 
 
-def _start(told: Any, parent: int) -> None:
+def _start(told: Any, ended: Any, parent: int) -> None:
     global _THERE  # what a pool's initializer leaves for its tasks
-    _THERE = told, parent
+    _THERE = told, ended, parent
 
 
 def _perform_there(work: Work, folder: Folder, threads: int) -> None:
     assert _THERE is not None
-    told, parent = _THERE
-    perform(work, folder, threads, lambda *message: told.put(message), parent)
+    told, ended, parent = _THERE
+
+    def show(*message: Any) -> None:
+        if ended.is_set() or os.getppid() != parent:  # it was killed, and nobody waits for what this one does
+            os._exit(1)
+        told.put(message)
+
+    perform(work, folder, threads, show, beside=True)

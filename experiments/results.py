@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from experiments.experiment import Claim, Record, Request
-from experiments.methods import EXACT, LIBRARY, Method
+from experiments.methods import EXACT, LIBRARY, Backward
 from experiments.settings import problem
 from experiments.training import Run
 
@@ -59,21 +59,21 @@ class Results:
         """In the order of the runs."""
         return list(dict.fromkeys(run.task for run, _ in self.pairs))
 
-    def methods(self, task: str, kind: str | None = None) -> list[Method]:
+    def methods(self, task: str, kind: str | None = None) -> list[Backward]:
         """That learned a task, of one kind or all."""
         found = dict.fromkeys(run.method for run, _ in self.pairs if run.task == task)
         return [method for method in found if kind in (None, method.kind)]
 
-    def records(self, task: str, method: Method) -> list[Record]:
+    def records(self, task: str, method: Backward) -> list[Record]:
         """Of all seeds."""
         return [record for run, record in self.pairs if (run.task, run.method) == (task, method)]
 
-    def spread(self, task: str, method: Method, value: Callable[[Record], float]) -> Spread | None:
+    def spread(self, task: str, method: Backward, value: Callable[[Record], float]) -> Spread | None:
         """Of a figure over the seeds; None where there are no records."""
         found = [value(record) for record in self.records(task, method)]
         return Spread.of(found) if found else None
 
-    def final(self, task: str, method: Method, name: str | None = None) -> Spread | None:
+    def final(self, task: str, method: Backward, name: str | None = None) -> Spread | None:
         """The task's metric, or another figure of the last validation."""
         return self.spread(task, method, lambda record: final(record, name))
 
@@ -94,16 +94,23 @@ class Results:
             return True
         return found.mean >= chance + 0.2 * (1 - chance) if metric == "accuracy" else found.mean <= chance / 2
 
-    def as_good(self, task: str, method: Method, other: Method = EXACT, name: str | None = None) -> bool | None:
-        """Whether a method ends as good as another, by the rule `EQUAL`; None where one was not run or none learned."""
+    def worse(self, task: str, method: Backward, other: Backward = EXACT, name: str | None = None) -> float | None:
+        """By how much a method's mean ends worse than another's; None where one was not run, or none has learned."""
         found, wanted = self.final(task, method, name), self.final(task, other, name)
         if found is None or wanted is None or not self.learned(task):
             return None
+        higher = (name or self.metric(task)) == "accuracy"
+        return wanted.mean - found.mean if higher else found.mean - wanted.mean
+
+    def as_good(self, task: str, method: Backward, other: Backward = EXACT, name: str | None = None) -> bool | None:
+        """Whether a method ends as good as another, by the rule `EQUAL`; None where it cannot be told."""
+        worse = self.worse(task, method, other, name)
+        found, wanted = (self.final(task, one, name) for one in (method, other))
+        if worse is None or found is None or wanted is None:
+            return None
         if not math.isfinite(found.mean):
             return False
-        metric = name or self.metric(task)
-        worse = wanted.mean - found.mean if metric == "accuracy" else found.mean - wanted.mean
-        margin = MARGIN if metric == "accuracy" else MARGIN * abs(wanted.mean)
+        margin = MARGIN if (name or self.metric(task)) == "accuracy" else MARGIN * abs(wanted.mean)
         return worse <= max(margin, 2 * found.error_with(wanted))
 
     def enough(self, task: str, kind: str = "highway") -> int | None:
@@ -120,7 +127,7 @@ class Results:
         """A remark where there is nothing to compare."""
         return "" if self.learned(task) else f"; exact backprop has not learned it here ({LEARNED})"
 
-    def show(self, task: str, method: Method, name: str | None = None) -> str:
+    def show(self, task: str, method: Backward, name: str | None = None) -> str:
         """Mean and deviation of the last validation."""
         found = self.final(task, method, name)
         return "-" if found is None else shown(found, name or self.metric(task))
@@ -141,12 +148,12 @@ def shown(found: Spread, metric: str) -> str:
     return f"{found.mean:.4g} ± {found.deviation:.2g}"
 
 
-def _numbers(methods: Sequence[Method]) -> list[Method]:
+def _numbers(methods: Sequence[Backward]) -> list[Backward]:
     """Those whose only option is a number of iterations."""
-    return [m for m in methods if isinstance(m.iterations, int) and m == Method(m.kind, m.iterations)]
+    return [m for m in methods if isinstance(m.iterations, int) and m == Backward(m.kind, m.iterations)]
 
 
-def runs(request: Request, tasks: Mapping[str, Sequence[Method]], alone: bool = False) -> list[Run]:
+def runs(request: Request, tasks: Mapping[str, Sequence[Backward]], alone: bool = False) -> list[Run]:
     """Runs of all seeds of these methods of these tasks."""
     seeds = range(request.seeds)
     return [Run.of(request, task, method, seed, alone) for task in tasks for method in tasks[task] for seed in seeds]
@@ -158,7 +165,7 @@ def enough_claim(results: Results, task: str, paper: str, at_most: int) -> Claim
     last = max((m.iterations for m in _numbers(results.methods(task, "highway"))), default=None)  # type: ignore[type-var]
     at = "at no k tried" if found is None else f"from k = {found} on"
     k = last if found is None else found
-    there = "" if k is None else f", k = {k}: {results.show(task, Method('highway', k))}"
+    there = "" if k is None else f", k = {k}: {results.show(task, Backward('highway', k))}"
     known = results.final(task, EXACT) is not None and last is not None and results.learned(task)
     agrees = found is not None and found <= at_most if known else None
     measured = f"{results.title(task)}: as good as exact {at} (exact: {exact}{there}){results.note(task)}"
@@ -170,7 +177,7 @@ def outperforms_claim(results: Results, paper: str) -> Claim:
     better, worse = [], []
     for task in results.tasks:
         for method in _numbers(results.methods(task, "fixed-point")):
-            ours = Method("highway", method.iterations)
+            ours = Backward("highway", method.iterations)
             verdict = results.as_good(task, ours, method)
             if verdict is not None:
                 (better if verdict else worse).append(f"{results.title(task)}, k = {method.iterations}")
@@ -180,7 +187,7 @@ def outperforms_claim(results: Results, paper: str) -> Claim:
     return Claim(paper, measured, rule, not worse if better or worse else None)
 
 
-def reached(results: Results, task: str, method: Method, clock: str, level: float) -> float | None:
+def reached(results: Results, task: str, method: Backward, clock: str, level: float) -> float | None:
     """The clock at the first validation whose loss, a mean over seeds, is at most a level; None where none is."""
     records = [record for record in results.records(task, method) if record["finished"]]
     for at, losses in zip(*(_columns(records, name) for name in (clock, "loss")), strict=True):

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 from experiments import figures
 from experiments.experiment import Claim, Experiment, Record, Request, Section
-from experiments.methods import EXACT, LIBRARY, Diagnosed, Method, Phases
+from experiments.methods import EXACT, LIBRARY, Backward, Diagnosed, Phases
 from experiments.results import EQUAL, Results, reached, runs, table
 from experiments.training import Run
 
 TASK = "gru-long"
-EQUAL_PARTS = Method("highway", Phases((1, 2, 5, None)))
-LATE = Method("highway", Phases((1, 2, 5, None), (0, 0.4, 0.7, 0.9)))
-TOLERANCE = Method("highway", None, tolerance=0.1)
-DIAGNOSED = Method("highway", Diagnosed(0.1))
+EQUAL_PARTS = Backward("highway", Phases((1, 2, 5, None)))
+LATE = Backward("highway", Phases((1, 2, 5, None), (0, 0.4, 0.7, 0.9)))
+TOLERANCE = Backward("highway", None, tolerance=0.1)
+DIAGNOSED = Backward("highway", Diagnosed(0.1))
 SCHEDULES = (EQUAL_PARTS, LATE, TOLERANCE, DIAGNOSED)
 
 
@@ -47,7 +47,7 @@ def _equal(results: Results) -> Claim:
     return Claim(paper, measured, f"The loss of each is {EQUAL}.", all(known.values()) if known else None)
 
 
-def _clock(results: Results, base: Method, clock: str, share: float, name: str) -> Claim:
+def _clock(results: Results, base: Backward, clock: str, share: float, name: str) -> Claim:
     """That some schedule reaches the base's last loss in a share of its whole training."""
     paper = f"Beyond the paper: a schedule reaches exact's final loss in at most {share:.0%} of the {name}."
     rule = (

@@ -17,11 +17,12 @@ import hbp
 import hbp.backends.torch as hb
 from experiments.data import Data
 from experiments.experiment import Record
+from experiments.history import Step, due
 from experiments.methods import Diagnosed, Estimated
 from experiments.models import build
 from experiments.models import torch as models
 from experiments.settings import Training
-from experiments.training import Run, Step
+from experiments.training import Run
 from hbp.backends.torch.array import TorchBackend
 from hbp.backends.torch.diagnosis import Steps, undisturbed
 from hbp.backends.torch.options import Scheduled, scheduled
@@ -112,13 +113,13 @@ class Trainer:
         """Change k or the damping where it is time to; the rounds of what was pulled back for it."""
         method, before = self.method, self._chosen
         if isinstance(method.iterations, Diagnosed):
-            if _due(step, self.steps, method.iterations.times):
+            if step == 0 or due(step, self.steps, method.iterations.times):
                 return self._diagnose(method.iterations, step)
             return []
         self._chosen = method.solver(step, self.steps)
         if self._chosen != before:
             self._configure()
-        if isinstance(method.damping, Estimated) and _due(step, self.steps, method.damping.times):
+        if isinstance(method.damping, Estimated) and (step == 0 or due(step, self.steps, method.damping.times)):
             return self._estimate(method.damping, step)
         return []
 
@@ -206,11 +207,6 @@ def _optimizer(how: Training, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(own, how.rate, momentum=how.momentum, weight_decay=how.weight_decay)
     kind: Any = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[how.optimizer]
     return kind(own, how.rate, betas=(how.momentum, how.beta2), weight_decay=how.weight_decay)
-
-
-def _due(step: int, steps: int, times: int) -> bool:
-    """Whether one of so many evenly spread moments, the first at step 0, comes at this step."""
-    return step == 0 or step * times // steps > (step - 1) * times // steps
 
 
 def _short(value: float) -> float:

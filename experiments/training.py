@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from experiments.data import Data, Task
 from experiments.experiment import Context, Record, Request
 from experiments.folder import replace
-from experiments.methods import EXACT, Method, block_steps
+from experiments.history import History, Step, due
+from experiments.methods import EXACT, Backward
 from experiments.models import RecurrentClassifier, RecurrentLM
 from experiments.settings import Problem, problem
 
@@ -30,21 +31,6 @@ VALIDATED = {"accuracy": 500, "perplexity": 100, "loss": 500}
 """On so many of the first examples the laptop validates, by the metric: of a text many targets are one example."""
 CHECKPOINT_S = 20.0
 """Seconds between checkpoints."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a training step did.
-
-    Args:
-        loss: before it.
-        rounds: of each backward pass through layers; None: exact.
-        measured: likewise, of what was pulled back to choose how.
-    """
-
-    loss: float
-    rounds: list[int | None]
-    measured: list[int | None]
 
 
 class Trainer(Protocol):
@@ -76,38 +62,6 @@ class Trainer(Protocol):
         """Be as when that was written; returns the something else."""
 
 
-@dataclass
-class History:
-    """What is recorded, up to some step."""
-
-    step: int = 0
-    seconds: float = 0.0
-    block_steps: int = 0
-    rounds: int = 0
-    passes: int = 0
-    """Backward passes by Highway-BP, and their rounds in all."""
-    pending: list[float] = field(default_factory=list)
-    """The losses since the last point."""
-    curve: dict[str, list[float]] = field(default_factory=dict)
-    validation: dict[str, list[float | None]] = field(default_factory=dict)
-    probes: list[Record] = field(default_factory=list)
-
-    def count(self, done: Step, length: int, chunk: int, sources: bool) -> None:
-        """Add a step's loss, rounds and block steps."""
-        self.pending.append(done.loss)
-        self.block_steps += sum(block_steps(length, k, chunk, sources) for k in (*done.rounds, *done.measured))
-        counted = [k for k in done.rounds if k is not None]
-        self.rounds += sum(counted)
-        self.passes += len(counted)
-
-    def point(self, target: dict[str, list[Any]], **values: float) -> None:
-        """Add values to a curve, with the step and both clocks."""
-        clocks = {"step": self.step, "seconds": round(self.seconds, 4), "block_steps": self.block_steps}
-        for name, value in {**clocks, **values}.items():
-            kept = value if isinstance(value, int) else float(f"{value:.7g}")
-            target.setdefault(name, []).append(kept if math.isfinite(kept) else None)
-
-
 @dataclass(frozen=True)
 class Run:
     """A training run, as a piece of work.
@@ -119,7 +73,7 @@ class Run:
     """
 
     task: str
-    method: Method
+    method: Backward
     seed: int
     preset: str = "laptop"
     backend: str = "torch"
@@ -128,7 +82,7 @@ class Run:
     alone: bool = False
 
     @classmethod
-    def of(cls, request: Request, task: str, method: Method, seed: int, alone: bool = False) -> Run:
+    def of(cls, request: Request, task: str, method: Backward, seed: int, alone: bool = False) -> Run:
         """What a request needs."""
         return cls(task, method, seed, request.preset, request.backend, request.steps, request.data, alone)
 
@@ -209,7 +163,7 @@ class Run:
         history.seconds += perf_counter() - start
         history.step += 1
         history.count(done, trainer.length, self.method.chunk, self.sources)
-        if _due(history.step, steps, POINTS) or not math.isfinite(done.loss):
+        if due(history.step, steps, POINTS) or not math.isfinite(done.loss):
             history.point(history.curve, loss=sum(history.pending) / len(history.pending))
             history.pending.clear()
 
@@ -222,7 +176,7 @@ class Run:
     def _measure(self, trainer: Trainer, history: History, steps: int) -> None:
         """Validate and probe where it is time to."""
         seen = history.validation.get("step", [])
-        if (history.step == 0 or _due(history.step, steps, VALIDATIONS)) and history.step not in seen:
+        if (history.step == 0 or due(history.step, steps, VALIDATIONS)) and history.step not in seen:
             history.point(history.validation, **trainer.validate())
         places = [int(share * steps) for share in PROBES]
         if self.probed and history.step in places and history.step not in [one["step"] for one in history.probes]:
@@ -248,11 +202,6 @@ def _data(task: Task, folder: Path | None) -> Data:
 @cache
 def _parameters(task: str, preset: str, backend: str, folder: Path | None) -> int:
     return Run(task, EXACT, 0, preset, backend, data=folder).trainer().parameters
-
-
-def _due(step: int, steps: int, times: int) -> bool:
-    """Whether one of so many evenly spread moments of a training comes after this step."""
-    return step * min(times, steps) // steps > (step - 1) * min(times, steps) // steps
 
 
 def _finite(history: History) -> bool:

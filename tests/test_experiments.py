@@ -94,6 +94,20 @@ def test_goes_on_where_it_was_interrupted(counting, tmp_path):
     assert not list((tmp_path / "out/checkpoints").iterdir())
 
 
+def test_side_by_side(counting, tmp_path):
+    counting(Counting("a"), Counting("b"), Counting("timed", alone=True))
+    assert run(tmp_path, "counting", "--jobs", "2") == 0
+    found = [json.loads((tmp_path / f"out/records/{key}.json").read_text()) for key in ("a", "b", "timed")]
+    assert [record["alone"] for record in found] == [False, False, True]
+    counting(Counting("killed"), *(Counting(f"later{i}") for i in range(20)))
+    assert run(tmp_path, "counting", "--jobs", "2") == 130
+    assert run(tmp_path, "counting", "--jobs", "2") == 0
+    assert json.loads((tmp_path / "out/records/killed.json").read_text())["began"] == 5
+    counting(Counting("a", alone=True))  # a time that was taken beside others is taken again
+    assert run(tmp_path, "counting") == 0
+    assert json.loads((tmp_path / "out/records/a.json").read_text())["alone"] is True
+
+
 def test_dry_run_does_nothing(counting, tmp_path, capsys):
     counting(Counting("a"), Counting("b"))
     assert run(tmp_path, "counting", "--dry-run") == 0

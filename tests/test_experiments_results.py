@@ -9,7 +9,7 @@ pytest.importorskip("sklearn", reason="the experiments learn scikit-learn's digi
 
 from experiments import fig2, fig6, ranks
 from experiments.experiment import Request
-from experiments.methods import EXACT, Method, highway
+from experiments.methods import EXACT, Backward, highway
 from experiments.results import Results, enough_claim, outperforms_claim, reached
 from experiments.training import Run
 
@@ -22,7 +22,7 @@ def record(*metric: float, task: str = "pixels", name: str = "accuracy", loss: t
             "block_steps": 200, "rounds_mean": 3.0, "length": 64}  # fmt: skip
 
 
-def results(task: str, found: dict[Method, list[float]]) -> Results:
+def results(task: str, found: dict[Backward, list[float]]) -> Results:
     """Of the last accuracies of each method's seeds."""
     runs = {Run(task, method, seed): record(value) for method in found for seed, value in enumerate(found[method])}
     return Results(tuple(runs.items()))
@@ -36,7 +36,7 @@ def test_as_good_is_within_noise_or_a_point():
     assert not found.as_good("pixels", ZERO)
     assert found.as_good("pixels", ONE)  # a point below
     assert found.as_good("pixels", THREE)  # 0.01 below, with a standard error of 0.037
-    assert found.as_good("pixels", Method("highway", 9)) is None
+    assert found.as_good("pixels", Backward("highway", 9)) is None
     assert results("pixels", {EXACT: [0.8], ONE: [0.9]}).as_good("pixels", ONE)  # better
 
 
@@ -59,7 +59,7 @@ def test_nothing_is_told_of_a_task_that_was_not_learned():
 
 
 def test_highway_against_the_fixed_point():
-    fixed = Method("fixed-point", 3)
+    fixed = Backward("fixed-point", 3)
     better = results("pixels", {EXACT: [0.8] * 2, THREE: [0.7] * 2, fixed: [0.5] * 2})
     assert outperforms_claim(better, "").agrees is True
     worse = results("pixels", {EXACT: [0.8] * 2, THREE: [0.5] * 2, fixed: [0.7] * 2})
@@ -113,9 +113,9 @@ def test_figure_6_says_where_more_iterations_are_needed():
 def test_figure_2_shows_what_diverged():
     request = Request(seeds=2)
     records = {}
-    for run in fig2.work(request):
+    for run in fig2.EXPERIMENT.work(request):
         one = record(0.5 if run.method == EXACT else 0.4)
         records[run.key] = {**one, "finished": run.method != ZERO}
-    section = fig2.section(request, records)
+    section = fig2.EXPERIMENT.section(request, records)
     assert "diverged" in section.text
     assert section.figures["fig2"] is not None

@@ -24,7 +24,7 @@ from experiments import catalog, settings, training
 from experiments.__main__ import main
 from experiments.data import Adding, Digits
 from experiments.experiment import Request
-from experiments.methods import EXACT, LIBRARY, Diagnosed, Estimated, Method, Phases, block_steps
+from experiments.methods import EXACT, LIBRARY, Backward, Diagnosed, Estimated, Phases, block_steps
 from experiments.models import RecurrentClassifier, ResidualMLP, ResNet
 from experiments.settings import Problem, Training
 from experiments.training import Run
@@ -42,12 +42,12 @@ TINY = {
 METHODS = [
     ("rnn", EXACT),
     ("rnn", LIBRARY),
-    ("rnn", Method("highway", Phases((0, 2, None)))),
-    ("rnn", Method("highway", 20, tolerance=0.3, rank="auto")),
-    ("rnn", Method("highway", Diagnosed(0.2))),
-    ("mlp", Method("highway", 1, damping=Estimated(per_layer=True))),
-    ("mlp", Method("highway", 1, damping=0.3)),
-    ("resnet", Method("fixed-point", 2)),
+    ("rnn", Backward("highway", Phases((0, 2, None)))),
+    ("rnn", Backward("highway", 20, tolerance=0.3, rank="auto")),
+    ("rnn", Backward("highway", Diagnosed(0.2))),
+    ("mlp", Backward("highway", 1, damping=Estimated(per_layer=True))),
+    ("mlp", Backward("highway", 1, damping=0.3)),
+    ("resnet", Backward("fixed-point", 2)),
 ]
 
 
@@ -98,33 +98,33 @@ def test_an_interrupted_run_ends_with_the_same_numbers(tiny, tmp_path, task, met
 
 
 def test_methods_do_what_they_say(tiny, tmp_path):
-    def loss(task: str, method: Method) -> float:
+    def loss(task: str, method: Backward) -> float:
         return Run(task, method, 0).perform(Place(tmp_path / "unused" / str(next(COUNT))))["validation"]["loss"][-1]
 
     exact = loss("rnn", EXACT)
     assert loss("rnn", LIBRARY) == pytest.approx(exact, rel=1e-4)
-    assert loss("rnn", Method("highway", 20)) == pytest.approx(exact, rel=1e-4)
-    assert loss("rnn", Method("highway", 0, rank=8)) == pytest.approx(exact, rel=1e-4)  # of H = 8: all there is
-    assert loss("rnn", Method("fixed-point", 20)) == pytest.approx(exact, rel=1e-4)
-    assert loss("mlp", Method("highway", 3, damping=0.7)) == pytest.approx(loss("mlp", EXACT), rel=1e-4)
+    assert loss("rnn", Backward("highway", 20)) == pytest.approx(exact, rel=1e-4)
+    assert loss("rnn", Backward("highway", 0, rank=8)) == pytest.approx(exact, rel=1e-4)  # of H = 8: all there is
+    assert loss("rnn", Backward("fixed-point", 20)) == pytest.approx(exact, rel=1e-4)
+    assert loss("mlp", Backward("highway", 3, damping=0.7)) == pytest.approx(loss("mlp", EXACT), rel=1e-4)
     different = [
-        Method("highway", 0),
-        Method("fixed-point", 0),
-        Method("highway", 0, chunk=5),
-        Method("highway", 0, rank=2),
+        Backward("highway", 0),
+        Backward("fixed-point", 0),
+        Backward("highway", 0, chunk=5),
+        Backward("highway", 0, rank=2),
     ]
     found = [loss("rnn", method) for method in different]
     assert len({round(value, 6) for value in [exact, *found]}) == 5
 
 
 def test_both_clocks(tiny, tmp_path):
-    def record(method: Method) -> Any:
+    def record(method: Backward) -> Any:
         return Run("rnn", method, 0).perform(Place(tmp_path / "unused" / str(next(COUNT))))
 
     assert record(EXACT)["block_steps"] == 20 * STEPS
-    assert record(Method("highway", 3))["block_steps"] == 4 * STEPS
-    assert record(Method("highway", Phases((1, None))))["block_steps"] == 2 * 6 + 20 * 6
-    tolerant = record(Method("highway", 20, tolerance=0.1))
+    assert record(Backward("highway", 3))["block_steps"] == 4 * STEPS
+    assert record(Backward("highway", Phases((1, None))))["block_steps"] == 2 * 6 + 20 * 6
+    tolerant = record(Backward("highway", 20, tolerance=0.1))
     assert tolerant["block_steps"] == STEPS * (1 + tolerant["rounds_mean"])
     assert 0 < tolerant["rounds_mean"] < 20
     seconds = tolerant["curve"]["seconds"]
@@ -152,9 +152,9 @@ def test_probes_compare_with_the_exact_gradient(tiny, tmp_path, monkeypatch):
         exact = [error for k, error in zip(probe["k"], probe["error"], strict=True) if k >= 3]
         assert max(exact) < 1e-5 < probe["error"][0]
         assert probe["cosine"][-1] == pytest.approx(1)
-    assert numbers(Run("mlp", Method("highway", 3), 0).perform(Place(tmp_path / "unused" / str(next(COUNT))))["curve"])[
-        "step"
-    ]
+    assert numbers(
+        Run("mlp", Backward("highway", 3), 0).perform(Place(tmp_path / "unused" / str(next(COUNT))))["curve"]
+    )["step"]
     monkeypatch.setattr(training, "PROBED_TASKS", ())
     plain = Run("mlp", EXACT, 0).perform(Place(tmp_path / "unused" / str(next(COUNT))))
     assert numbers(plain["curve"]) == numbers(record["curve"])  # a probe leaves no trace
