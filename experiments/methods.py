@@ -36,9 +36,9 @@ class Phases:
     @property
     def label(self) -> str:
         """For people."""
-        rounds = ["exact" if k is None else f"k = {k}" for k in self.rounds]
         if self.starts is None:
-            return ", ".join(rounds)
+            return f"k = {', '.join('exact' if k is None else str(k) for k in self.rounds)} in equal parts"
+        rounds = ["exact" if k is None else f"k = {k}" for k in self.rounds]
         return ", ".join(f"{k} from {share:.0%}" for k, share in zip(rounds, self.starts, strict=True))
 
 

@@ -76,7 +76,7 @@ def _text(
     yield "\n".join(["| | claim | measured here | agrees |", "| --- | --- | --- | --- |", *body])
     short = [claim for _, claim in rows if claim.agrees is False or (claim.limit and claim.agrees)]
     if short:
-        yield "## Where it falls short"
+        yield "## Where the method falls short, or a claim does not hold here"
         yield "\n".join(f"- {claim.paper} {_agreement(claim)}: {claim.measured}." for claim in short)
     for one, section in sections:
         yield f'<a id="{one.name}"></a>\n\n## {one.title}'

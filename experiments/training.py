@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -123,6 +124,8 @@ class Run:
         return VALIDATED[self.problem.task.metric] if self.preset == "laptop" else None
 
     def check(self) -> int:
+        if find_spec(f"experiments.{self.backend}_trainer") is None:
+            raise ValueError(f"{self.task} cannot be trained with --backend {self.backend} yet; give --backend torch")
         return 16 * _parameters(
             self.task, self.preset, self.backend, self.data
         )  # two moments of Adam's, and the weights
