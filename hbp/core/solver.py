@@ -97,7 +97,7 @@ class Solver:
         report, last = Report.of(sizes, length), sizes[-1]
         if self.tolerance is not None and not self.settled(last) and (report.diverges or last > min(sizes[-2:])):
             told = f"the increments grow, and {len(sizes) - 1} rounds have not met tolerance={self.tolerance}: "
-            warnings.warn(f"{told}{ADVICE}; this is said once", DivergenceWarning, stacklevel=6)
+            warnings.warn(f"{told}allow more, {ADVICE}; this is said once", DivergenceWarning, stacklevel=6)
         if self.watch is not None:
             self.watch(report)
 
