@@ -217,16 +217,16 @@ def test_a_device_compares_its_own_results(name, monkeypatch):
 def test_cosines_of_paths_early_and_late(cell, tmp_path, monkeypatch):
     """One in as many rounds as steps, and without any where the path takes all directions."""
     pytest.importorskip("sklearn", reason="the nets read scikit-learn's digits")
-    from benchmarks import ranks
+    from benchmarks import cosines
 
-    monkeypatch.setattr(ranks, "MEASURED", 1)
+    monkeypatch.setattr(cosines, "MEASURED", 1)
     paths = {"gate alone": (1, 0), "gate, chunk 8": (8, 0), "rank 8": (1, 6), "rank auto": (1, "auto")}
-    rows = ranks.measured(cell, (0, 2), (0, 64), 6, paths)
+    rows = cosines.measured(cell, (0, 2), (0, 64), 6, paths)
     assert [(row["step"], row["path"]) for row in rows] == [(step, path) for step in (0, 2) for path in paths]
     for row in rows:
         assert row["cosine"][1] == pytest.approx(1, abs=1e-5)
         assert (row["cosine"][0] == pytest.approx(1, abs=1e-5)) == (row["path"] == "rank 8")
     early, late = ([row["cosine"][0] for row in rows if row["step"] == step] for step in (0, 2))
     assert early != late
-    ranks.draw(rows, tmp_path / "ranks.png")
+    cosines.draw(rows, tmp_path / "ranks.png")
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")

@@ -1,7 +1,7 @@
 """How near each residual path comes to the exact gradient, early and late in training: cosine against k.
 
-    python -m benchmarks.ranks benchmarks/results/cpu/ranks.json docs/ranks.png
-    python -m benchmarks.ranks benchmarks/results/cpu/ranks.json docs/ranks.png --draw
+    python -m benchmarks.cosines benchmarks/results/cpu/cosines.json docs/ranks.png
+    python -m benchmarks.cosines benchmarks/results/cpu/cosines.json docs/ranks.png --draw
 
 A GRU and an LSTM read scikit-learn's digits pixel by pixel and are trained by exact backprop; the second command draws
 what the first has measured.
