@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,19 +32,21 @@ def place_of(name: str, folder: Path | None) -> Path:
     return (folder or default_folder()) / name
 
 
-def from_hub(name: str, folder: Path | None, load: Callable[[str], Any]) -> Any:
+def from_hub(name: str, folder: Path | None, load: Callable[[str], Any], kind: str = "dataset") -> Any:
     """What ``load`` makes of a data set or model of the Hugging Face hub.
 
     Args:
         name: as on the hub, ``owner/name``.
         folder: ``folder/owner/name``, a copy of the hub's files, is taken instead where it exists.
         load: called with that folder or the name.
+        kind: "dataset" or "model".
 
     Raises:
         DataError: it is neither here nor to be had, or not whole.
     """
     place = place_of(name, folder)
-    with sentences(f"{name} of the Hugging Face hub", place, f"hf download {name} --local-dir {place}"):
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each try to reach the hub
+    with sentences(name, place, f"hf download {name} --repo-type {kind} --local-dir {place}"):
         if place.is_dir():
             check_sums(place)
             return load(str(place))
@@ -52,17 +55,23 @@ def from_hub(name: str, folder: Path | None, load: Callable[[str], Any]) -> Any:
 
 @contextmanager
 def sentences(what: str, place: Path, cure: str) -> Iterator[None]:
-    """Turn what libraries raise about files into one sentence."""
+    """Turn what libraries raise about the files of ``place`` into one sentence, `DataError`."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:  # libraries' own errors have no common class
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise DataError(f"the disk is full, while {what} was read or kept in {place}: {error}") from error
+        if full := next((cause for cause in _causes(error) if getattr(cause, "errno", None) == errno.ENOSPC), None):
+            raise DataError(f"the disk is full, while {what} is read or kept: {full}; make room") from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        state = "cannot be read from" if place.exists() else "is not in"
-        raise DataError(f"{what} {state} {place} ({reason}); get it by: {cure}") from error
+        state = f"cannot be read from {place}" if place.exists() else f"is neither in {place} nor to be had"
+        raise DataError(f"{what} {state} ({reason}); get it by: {cure}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def check_sums(folder: Path) -> None:

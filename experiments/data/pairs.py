@@ -33,7 +33,7 @@ class Mnli(Task):
         from transformers import AutoTokenizer
 
         found = from_hub("nyu-mll/glue", folder, lambda name: load_dataset(name, "mnli"))
-        tokenizer = from_hub(ROBERTA, folder, AutoTokenizer.from_pretrained)
+        tokenizer = from_hub(ROBERTA, folder, AutoTokenizer.from_pretrained, "model")
         splits = []
         for split in ("train", "validation_matched"):
             rows = found[split]
@@ -46,21 +46,22 @@ class Mnli(Task):
         return Data(*splits)
 
 
-PADDING, START, SEPARATOR = range(3)
-THINGS, COLOURS = 10, 6
+PADDING, START, SEPARATOR, EXACTLY, AT_LEAST = range(5)
+NUMBERS, THINGS = 5, 6
 
 
 @dataclass(frozen=True)
 class Entailment(Task):
-    """A synthetic stand-in for MNLI: a premise that colours some things, and a hypothesis on one thing.
+    """A synthetic stand-in for MNLI: how many there are of some things, and whether there are so many of one.
 
-    A thing and its colour are two tokens: ``<s> ball red box blue cup red </s> box blue``. The hypothesis is entailed
-    where the premise gives the thing this colour, contradicted where another, neutral where it does not name the
-    thing; each a third of the time. Premises have 2 to ``things`` things, so batches are padded and have a mask.
+    ``<s> exactly 5 balls at-least 2 cups </s> 4 balls``: premises tell of 1 to ``known`` things, hypotheses say that
+    there are at least so many of one. Entailed is what holds in any case; contradicted what is more than an exact
+    number; neutral what is more than a least number, or of another thing. Each is a third of the pairs. They are of
+    several lengths, so batches are padded and have a mask.
     """
 
     title = "synthetic entailment"
-    things: int = 4
+    known: int = 2
     examples: int = 20_000
 
     @property
@@ -70,31 +71,38 @@ class Entailment(Task):
     @property
     def vocabulary(self) -> int:
         """How many tokens there are."""
-        return 3 + THINGS + COLOURS
+        return 5 + NUMBERS + THINGS
 
     @property
     def length(self) -> int:
         """Tokens of the longest pair."""
-        return 2 * self.things + 4
+        return 3 * self.known + 4
 
     def load(self, folder: Path | None = None) -> Data:
         return Data(self._drawn(self.examples, 0), self._drawn(1500, 1))
 
     def _drawn(self, count: int, seed: int) -> Examples:
         rng = np.random.default_rng([20260101, seed])
-        labels = rng.integers(0, 3, count)
-        ids = np.full((count, self.length), PADDING, np.int64)
-        for row, label in zip(ids, labels, strict=True):
-            tokens = self._pair(rng, label)
-            row[: len(tokens)] = tokens
-        return Examples((ids, (ids != PADDING).astype(np.int64)), labels)
+        pairs = [np.empty((0, self.length), np.int64)] * 3
+        while min(map(len, pairs)) < -(-count // 3):
+            ids, labels = self._any(count, rng)
+            pairs = [np.concatenate([some, ids[labels == label]]) for label, some in enumerate(pairs)]
+        ids = np.stack([some[: -(-count // 3)] for some in pairs], 1).reshape(-1, self.length)[:count]
+        return Examples((ids, (ids != PADDING).astype(np.int64)), np.arange(count) % 3)
 
-    def _pair(self, rng: np.random.Generator, label: int) -> Array:
-        """A pair's tokens; labels as MNLI's: 0 entailed, 1 neutral, 2 contradicted."""
-        known = int(rng.integers(2, self.things + 1))
-        things, colours = rng.permutation(THINGS), rng.integers(0, COLOURS, known)
-        asked = int(rng.integers(0, known))
-        colour = colours[asked] if label != 2 else (colours[asked] + rng.integers(1, COLOURS)) % COLOURS
-        thing = things[known] if label == 1 else things[asked]
-        premise = np.stack([things[:known] + 3, colours + 3 + THINGS], 1).ravel()
-        return np.concatenate([[START], premise, [SEPARATOR], [thing + 3, colour + 3 + THINGS]])
+    def _any(self, count: int, rng: np.random.Generator) -> tuple[Array, Array]:
+        """Pairs with labels as MNLI's (0 entailed, 1 neutral, 2 contradicted), not of equal shares."""
+        rows, told = np.arange(count), rng.integers(1, self.known + 1, count)
+        things = rng.permuted(np.tile(np.arange(THINGS), (count, 1)), axis=1)
+        kinds, numbers = rng.integers(EXACTLY, AT_LEAST + 1, things.shape), rng.integers(0, NUMBERS, things.shape)
+        asked, number = rng.integers(0, self.known + 1, count), rng.integers(0, NUMBERS, count)
+        more, exact = number > numbers[rows, asked], kinds[rows, asked] == EXACTLY
+        labels = np.where(asked >= told, 1, np.where(~more, 0, np.where(exact, 2, 1)))
+        premises = np.stack([kinds, 5 + numbers, 5 + NUMBERS + things], 2).reshape(count, -1)
+        ids, ends = np.full((count, self.length), PADDING), 1 + 3 * told
+        ids[:, 0] = START
+        ids[:, 1 : 1 + 3 * self.known] = premises[:, : 3 * self.known]
+        ids[np.arange(self.length) >= ends[:, None]] = PADDING
+        for place, token in enumerate((SEPARATOR, 5 + number, 5 + NUMBERS + things[rows, asked])):
+            ids[rows, ends + place] = token
+        return ids, labels

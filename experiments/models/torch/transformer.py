@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +146,14 @@ def _roberta(sizes: s.Roberta, folder: Path | None) -> Any:
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     if sizes.pretrained is not None:
-        return from_hub(
-            sizes.pretrained,
-            folder,
-            lambda name: RobertaForSequenceClassification.from_pretrained(name, num_labels=sizes.classes),
-        )
+        classes = {"num_labels": sizes.classes}
+        load = partial(RobertaForSequenceClassification.from_pretrained, **classes)
+        return from_hub(sizes.pretrained, folder, load, "model")
     rates = {f"{part}_dropout_prob": sizes.dropout for part in ("hidden", "attention_probs")}
     config = RobertaConfig(
         vocab_size=sizes.vocabulary, max_position_embeddings=sizes.length + 2, hidden_size=sizes.width,
         num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, intermediate_size=4 * sizes.width,
         num_labels=sizes.classes, pad_token_id=0, type_vocab_size=1, **rates,
+        initializer_range=0.02 * (768 / sizes.width) ** 0.5,
     )  # fmt: skip
     return RobertaForSequenceClassification(config)

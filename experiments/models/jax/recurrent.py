@@ -1,0 +1,68 @@
+"""Recurrent models on hbp's GRU and LSTM for JAX: the same as in PyTorch, with one bias per gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import hbp
+import hbp.backends.jax as hb
+from experiments.models import sizes as s
+from experiments.models.jax.drawing import Drawn, linear
+from hbp.cells import GRUParameters, LSTMParameters
+
+CELLS: dict[str, tuple[int, Any]] = {"gru": (3, GRUParameters), "lstm": (4, LSTMParameters)}
+
+
+def _layers(drawn: Drawn, cell: str, hidden: int, count: int) -> list[dict[str, Any]]:
+    rows = CELLS[cell][0] * hidden
+    shapes = {"weight_ih": (rows, hidden), "weight_hh": (rows, hidden), "bias_ih": (rows,)}
+    return [{name: drawn.uniform(hidden**-0.5, *shape) for name, shape in shapes.items()} for _ in range(count)]
+
+
+def _run(cell: str, layers: list[dict[str, Any]], x: Any, solver: hbp.Solver) -> Any:
+    """Steps first: (T, B, H) -> (T, B, H), each layer after the first beside a residual connection."""
+    start = jnp.zeros_like(x[0])
+    for i, layer in enumerate(layers):
+        params = CELLS[cell][1](**layer)
+        if cell == "gru":
+            _, h = hb.gru(params, x, start, solver=solver)
+        else:
+            _, h = hb.lstm(params, x, (start, start), solver=solver)
+        x = x + h if i else h
+    return x
+
+
+def _init_lm(sizes: s.RecurrentLM, seed: int) -> Any:
+    drawn = Drawn(seed)
+    return {
+        "embed": drawn.normal(sizes.vocabulary, sizes.hidden),
+        "layers": _layers(drawn, sizes.cell, sizes.hidden, sizes.layers),
+        "head": drawn.linear(sizes.hidden, sizes.vocabulary),
+    }
+
+
+def _apply_lm(sizes: s.RecurrentLM, params: Any, symbols: Any, solver: hbp.Solver) -> Any:
+    h = _run(sizes.cell, params["layers"], params["embed"][symbols.T], solver)
+    return linear(params["head"], h).swapaxes(0, 1)
+
+
+def _init_classifier(sizes: s.RecurrentClassifier, seed: int) -> Any:
+    drawn = Drawn(seed)
+    return {
+        "embed": drawn.linear(sizes.inputs, sizes.hidden),
+        "layers": _layers(drawn, sizes.cell, sizes.hidden, sizes.layers),
+        "head": [drawn.linear(sizes.hidden, sizes.hidden), drawn.linear(sizes.hidden, sizes.outputs)],
+    }
+
+
+def _apply_classifier(sizes: s.RecurrentClassifier, params: Any, x: Any, solver: hbp.Solver) -> Any:
+    last = _run(sizes.cell, params["layers"], linear(params["embed"], x.swapaxes(0, 1)), solver)[-1]
+    first, second = params["head"]
+    return linear(second, jax.nn.relu(linear(first, last)))
+
+
+language_model = _init_lm, _apply_lm
+classifier = _init_classifier, _apply_classifier
