@@ -69,6 +69,22 @@ def test_language_model_gru(monkeypatch):
     assert (highway - library).norm() < 1e-3 * (rough - library).norm()
 
 
+@pytest.mark.parametrize("library", ["numpy", "cupy"], indirect=True)
+def test_adding_arrays(library, monkeypatch):
+    main = example("adding_arrays", monkeypatch).main
+    arguments = ["--library", library.name, "--steps", "30", "--length", "16", "--hidden", "8", "--chunk", "8"]
+    exact, rough, whole = (row["loss"] for row in main([*arguments, "--iterations", "0", "2"]))  # two stages
+    assert abs(whole - exact) < 1e-2 * abs(rough - exact)
+
+
+def test_digits_jax(monkeypatch):
+    for needed in ("jax", "optax", "sklearn"):
+        pytest.importorskip(needed)
+    main = example("digits_jax", monkeypatch).main
+    exact, rough, whole = (row["loss"] for row in main(["--layers", "3", "--epochs", "1", "--iterations", "0", "3"]))
+    assert abs(whole - exact) < 1e-2 * abs(rough - exact)
+
+
 def depth_parallel_on(mesh: Any, rounds: str) -> Any:
     sys.path.insert(0, str(EXAMPLES))
     try:
