@@ -10,7 +10,7 @@ import nox
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = False  # also under CI: a missing interpreter skips with its reason
-nox.options.sessions = ["lint", "numpy", "torch", "jax", "cupy", "rehearsal"]
+nox.options.sessions = ["lint", "numpy", "torch", "jax", "cupy", "rehearsal", "docs", "wheel"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 TEST = nox.project.dependency_groups(PROJECT, "test")
@@ -18,6 +18,8 @@ TEST_TORCH = nox.project.dependency_groups(PROJECT, "test-torch")
 TEST_JAX = nox.project.dependency_groups(PROJECT, "test-jax")
 BENCH = nox.project.dependency_groups(PROJECT, "bench")
 LINT = nox.project.dependency_groups(PROJECT, "lint")
+DOCS = nox.project.dependency_groups(PROJECT, "docs")
+BROWSER = nox.project.dependency_groups(PROJECT, "browser")
 MUTANTS = nox.project.dependency_groups(PROJECT, "mutants")
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 CONSTRAINTS = ("-c", "tests/constraints.txt")
@@ -114,6 +116,40 @@ def rehearsal(session: nox.Session) -> None:
     out = Path(session.create_tmp(), "rehearsal")
     shutil.rmtree(out, ignore_errors=True)
     session.run("python", "-m", "benchmarks", "gpu", "--rehearse", "--out", str(out), *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, strictly: no broken link, no name without an entry; it opens from disk, site/index.html."""
+    session.install(*DOCS)
+    session.run("mkdocs", "build", "--strict", "--site-dir", "site", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """The pages looked at in Chromium, light and dark, narrow and wide; not in the default set, as it is slow."""
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        session.skip("looking at pages needs a browser, and there is no chromium here: apt-get install chromium")
+    docs(session)
+    session.install(*BROWSER)
+    session.run("python", "docs/tools/browser.py", "site", str(Path(session.create_tmp(), "screenshots")))
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """What a release would publish: the wheel installed and used, then the source, with its tests of NumPy's pages."""
+    session.install("build>=1.2", *TEST)
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", "dist", silent=True)
+    there = Path(session.create_tmp()).resolve()
+    (wheel,), (source,) = (list(Path("dist").resolve().glob(kind)) for kind in ("*.whl", "*.tar.gz"))
+    shutil.unpack_archive(source, there)
+    session.install(str(wheel))
+    session.chdir(there)
+    session.run("hbp", "info")
+    session.install("--force-reinstall", "--no-deps", str(source))
+    session.chdir(there / source.name.removesuffix(".tar.gz"))
+    session.run("pytest", "--backends=numpy", "-q", "tests/test_documentation.py", *session.posargs)
 
 
 @nox.session(venv_backend="none")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hbp.backends._surface import *
 from hbp.backends._surface import COMMON, bound, jit
@@ -19,6 +19,9 @@ from hbp.backends.torch.recurrent.modules import GRU, LSTM
 from hbp.backends.torch.stack.conversion import convert, revert
 from hbp.backends.torch.stack.residual import Downsampled, PostNorm, Residual
 from hbp.backends.torch.stack.sequential import Sequential
+
+if TYPE_CHECKING:
+    from hbp.backends.torch.depth.pipeline import ScheduleHighway
 
 backend = TorchBackend()
 linearize, linearize_layers, backprop, highway, iterates, report, propagate, vjp = bound(backend)
