@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -138,6 +139,17 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20260101)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """A folder of data, where nothing else is to be had."""
+    datasets = pytest.importorskip("datasets")
+    for part in ("datasets", "modules"):
+        monkeypatch.setattr(datasets.config, f"HF_{part.upper()}_CACHE", tmp_path / "cache" / part)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    return tmp_path / "data"
 
 
 @pytest.fixture(scope="session")

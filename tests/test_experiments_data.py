@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from data_sets import LINES, cifar10, imagenet32, mnli, roberta, wikitext
 
 from experiments.data import (
     Adding,
@@ -151,54 +151,9 @@ def test_standard_library():
 # The real formats.
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
-    """A folder of data, where nothing else is to be had."""
-    datasets = pytest.importorskip("datasets")
-    for part in ("datasets", "modules"):
-        monkeypatch.setattr(datasets.config, f"HF_{part.upper()}_CACHE", tmp_path / "cache" / part)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
-    return tmp_path / "data"
-
-
-def parquet(folder: Path, config: str, splits: dict[str, Any], told: Any = None, features: str = "") -> None:
-    """A data set as the hub has it: a card that lists the files and their rows, and Parquet."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    lines, info = [], []
-    for split, columns in splits.items():
-        path = folder / config / f"{split}-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(columns), path)
-        rows = (told or {}).get(split, len(next(iter(columns.values()))))
-        lines.append(f"  - split: {split}\n    path: {config}/{split}-*")
-        info.append(f"  - name: {split}\n    num_bytes: {path.stat().st_size}\n    num_examples: {rows}")
-    files = f"configs:\n- config_name: {config}\n  data_files:\n" + "\n".join(lines)
-    sizes = f"dataset_info:\n- config_name: {config}\n{features}  splits:\n" + "\n".join(info)
-    (folder / "README.md").write_text(f"---\n{sizes}\n{files}\n---\n")
-
-
 def sums(folder: Path, *paths: Path) -> None:
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}" for path in paths]
     (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
-
-
-def png(image: np.ndarray) -> bytes:
-    image_of = pytest.importorskip("PIL.Image")
-    file = io.BytesIO()
-    image_of.fromarray(image).save(file, "png")
-    return file.getvalue()
-
-
-def cifar10(hub: Path, rng: np.random.Generator, **options: Any) -> tuple[np.ndarray, list[int]]:
-    images, labels = rng.integers(0, 256, (12, 32, 32, 3), np.uint8), [int(label) for label in rng.integers(0, 10, 12)]
-    rows = [{"bytes": png(image), "path": None} for image in images]
-    splits = {"train": {"img": rows[:9], "label": labels[:9]}, "test": {"img": rows[9:], "label": labels[9:]}}
-    features = "  features:\n  - name: img\n    dtype: image\n  - name: label\n    dtype: int64\n"
-    parquet(hub / "uoft-cs/cifar10", "plain_text", splits, features=features, **options)
-    return images, labels
 
 
 def test_cifar10(hub, rng):
@@ -218,18 +173,6 @@ def test_a_card_that_tells_of_other_rows(hub, rng):
     cifar10(hub, rng, told={"train": 50_000})
     with pytest.raises(DataError, match=r"uoft-cs/cifar10 cannot be read from .*50000.*; get it by: hf download"):
         Cifar10().load(hub)
-
-
-def imagenet32(hub: Path, rng: np.random.Generator) -> tuple[Path, np.ndarray, np.ndarray]:
-    images, labels = rng.integers(0, 256, (22, 3072), np.uint8), rng.integers(1, 1001, 22)
-    names = [f"Imagenet32_train_npz/train_data_batch_{i}.npz" for i in range(1, 11)] + [
-        "Imagenet32_val_npz/val_data.npz"
-    ]
-    for i, name in enumerate(names):
-        path = hub / "imagenet32" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, data=images[2 * i : 2 * i + 2], labels=labels[2 * i : 2 * i + 2], mean=np.zeros(3072))
-    return hub / "imagenet32", images, labels
 
 
 def test_imagenet32(tmp_path, rng):
@@ -269,14 +212,6 @@ def test_broken_imagenet32(tmp_path, rng):
         ImageNet32().load(tmp_path)
 
 
-LINES = [" = A title = \n", " The cat sat on the mat , the cat .\n", "", " Zürich is a town .\n"] * 30
-
-
-def wikitext(hub: Path) -> None:
-    splits = {"train": {"text": LINES}, "validation": {"text": LINES[:8]}, "test": {"text": LINES[:4]}}
-    parquet(hub / "Salesforce/wikitext", "wikitext-103-raw-v1", splits)
-
-
 def test_wikitext_by_characters(hub):
     wikitext(hub)
     data = WikiText103(vocabulary=5, length=7).load(hub)
@@ -313,37 +248,10 @@ def test_a_full_disk(hub, monkeypatch):
     assert not list((hub / "made").iterdir())
 
 
-def roberta(hub: Path) -> Any:
-    """A tiny pre-trained model with its tokenizer, as the hub has them."""
-    transformers: Any = pytest.importorskip("transformers")
-    from tokenizers import ByteLevelBPETokenizer
-
-    folder = hub / "FacebookAI/roberta-base"
-    folder.mkdir(parents=True)
-    tokenizer = ByteLevelBPETokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    tokenizer.train_from_iterator(LINES, 300, special_tokens=special, show_progress=False)
-    tokenizer.save_model(str(folder))
-    config = transformers.RobertaConfig(
-        vocab_size=300, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=20, type_vocab_size=1,
-    )  # fmt: skip
-    model = transformers.RobertaForMaskedLM(config)
-    model.save_pretrained(folder)
-    return model
-
-
 def test_mnli(hub):
     pytest.importorskip("torch")
     roberta(hub)
-    rows = {
-        "premise": ["the cat sat", "on the mat " * 9],
-        "hypothesis": ["a cat", "Zürich"],
-        "label": [0, 2],
-        "idx": [0, 1],
-    }
-    kinds = ("train", "validation_matched", "validation_mismatched", "test_matched")
-    parquet(hub / "nyu-mll/glue", "mnli", dict.fromkeys(kinds, rows))
+    mnli(hub)
     data = Mnli(length=16).load(hub)
     (ids, mask), labels = next(data.validation.once(2))
     assert labels.tolist() == [0, 2]

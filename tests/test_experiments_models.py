@@ -170,6 +170,9 @@ def test_losses_and_metrics():
     assert found == pytest.approx({"loss": mean, "perplexity": np.exp(mean)})
     found = models.validate(Digits(), Given(), batches)
     assert found == pytest.approx({"loss": mean, "accuracy": 2 / 3})
+    far = [Batch((np.array([[0, 1e4]], np.float32),), np.array([0]))]
+    assert models.validate(Digits(), Given(), far) == {"loss": 1e4, "accuracy": 0}
+    assert models.validate(StandardLibrary(), Given(), far) == {"loss": 1e4, "perplexity": np.inf}
     numbers = [Batch((np.array([[1.0], [2.0]], np.float32),), np.array([[1.0], [5.0]], np.float32))]
     assert models.validate(Adding(), Given(), numbers) == {"loss": 4.5}
 

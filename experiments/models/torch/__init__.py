@@ -60,5 +60,6 @@ def validate(task: Task, model: nn.Module, batches: Any, device: Any = None) -> 
         count += counted
     model.train(was)
     mean = total / count
-    found = {"accuracy": correct / count, "perplexity": float(np.exp(mean)), "loss": mean}
+    with np.errstate(over="ignore"):  # of a model that has not learned to normalise, the loss may be any number
+        found = {"accuracy": correct / count, "perplexity": float(np.exp(mean)), "loss": mean}
     return {"loss": mean, task.metric: found[task.metric]}
