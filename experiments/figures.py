@@ -69,13 +69,17 @@ def _line(axis: Any, results: Results, task: str, family: Backward) -> None:
 def curves(
     axis: Any, results: Results, task: str, clock: str, methods: Sequence[Backward] | None = None, name: str = "loss"
 ) -> None:
-    """Validation curves against a clock: means over seeds, with their standard deviation as a band."""
-    for i, method in enumerate(results.methods(task) if methods is None else methods):
+    """Validation curves against a clock: means over seeds, with their standard deviation as a band.
+
+    A method has the same colour in all panels.
+    """
+    known = list(dict.fromkeys(method for task in results.tasks for method in results.methods(task)))
+    for method in results.methods(task) if methods is None else methods:
         records = [record for record in results.records(task, method) if record["finished"]]
         if not records:
             continue
         x, y = (over_seeds(records, which) for which in (clock, name))
-        color = {EXACT: "black", LIBRARY: "gray"}.get(method, f"C{i % 10}")
+        color = {EXACT: "black", LIBRARY: "gray"}.get(method, f"C{known.index(method) % 10}")
         axis.plot(x[0], y[0], color=color, label=method.label, linewidth=1.5)
         axis.fill_between(x[0], y[0] - y[1], y[0] + y[1], color=color, alpha=0.15)
     axis.set(xlabel=CLOCKS[clock], ylabel=f"validation {name}", title=results.title(task))
