@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from mkdocs.structure.files import File, Files
+
 from drawings import DRAWINGS
 from formulas import drawn
-from mkdocs.structure.files import File, Files
 from results import case_of, pages, pictures, rows_of
 from sources import shown
 
 TABLE = re.compile(r"^<!-- table: (\S+)\n(.*?)-->$", re.DOTALL | re.MULTILINE)
 CASE = re.compile(r"^<!-- case: (\S+) (.*?) -->$", re.MULTILINE)
 DRAWING = re.compile(r"^<!-- drawing: (\w+) -->$", re.MULTILINE)
+PLOT = re.compile(r"(?<!\[)!\[([^\]]*)\]\((\S+\.png)\)")
 NUMBERS = "numbers"
 
 
@@ -26,7 +28,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, *, config: Any) -> Files:
-    """Add the pages of numbers, their pictures, and the examples."""
+    """Add the pages of numbers and their pictures."""
     for path, text in pages().items():
         files.append(File.generated(config, f"{NUMBERS}/{path}", content=text))
     for path, source in pictures().items():
@@ -35,7 +37,8 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put code, rows of results and drawings in the place of the comments that name them."""
+    """Put code, rows of results and drawings in the place of the comments that name them; plots open on a click."""
+    markdown = PLOT.sub(r"[![\1](\2)](\2)", markdown)
     markdown = TABLE.sub(lambda found: rows_of(found[1], found[2].splitlines()), markdown)
     markdown = CASE.sub(lambda found: case_of(found[1], found[2]), markdown)
     return DRAWING.sub(lambda found: f"<figure>{DRAWINGS[found[1]]()}</figure>", shown(markdown))
