@@ -23,6 +23,8 @@ GROUP_TIMEOUT = 30.0
 """Seconds after which a collective that waits for a rank fails."""
 LIMIT = 180.0
 """Seconds after which a rank that has not answered counts as hung."""
+START = 600.0
+"""Seconds until all ranks have imported torch and met, on a machine that has other things to do."""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -50,6 +52,7 @@ class Pool:
             for name, value in kept.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
         self.pipes = [parent for parent, child in pipes if child.close() is None]
+        self.met = False
 
     def __call__(self, function: Callable[..., Any], *args: Any, ranks: int = 4) -> list[Any]:
         """What ``function(mesh, *args)`` returns on each of the first ranks; the mesh is theirs, of one axis.
@@ -65,9 +68,17 @@ class Pool:
 
     def outcomes(self, function: Callable[..., Any], *args: Any, ranks: int = 4) -> list[tuple[bool, Any]]:
         """Per rank whether the function returned, and what, or the traceback."""
+        if not self.met:
+            here = self._answers(len(self.pipes), START)
+            if not all(fine for fine, _ in here):
+                return here
+            self.met = True
         for pipe in self.pipes[:ranks]:
             pipe.send_bytes(pickle.dumps((function, ranks, args)))
-        end, answers = time.monotonic() + LIMIT, []
+        return self._answers(ranks, LIMIT)
+
+    def _answers(self, ranks: int, limit: float) -> list[tuple[bool, Any]]:
+        end, answers = time.monotonic() + limit, []
         for rank, pipe in enumerate(self.pipes[:ranks]):
             try:
                 told = pipe.poll(max(0.0, end - time.monotonic()))
@@ -90,6 +101,7 @@ def serve(pipe: Any, rank: int, count: int, store: Path) -> None:
 
     torch.set_num_threads(1)
     parts = meshes(rank, count, store)
+    pipe.send_bytes(pickle.dumps((True, "here")))
     while True:
         try:
             function, ranks, args = pickle.loads(pipe.recv_bytes())
@@ -109,8 +121,8 @@ def meshes(rank: int, count: int, store: Path) -> dict[int, Any]:
     """A mesh of one axis of the first 1, 2, ... ranks, for those that are on it."""
     import torch.distributed as dist
 
-    timeout = timedelta(seconds=GROUP_TIMEOUT)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timeout)
+    timeout, start = timedelta(seconds=GROUP_TIMEOUT), timedelta(seconds=START)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=start)
     groups = {size: dist.new_group(list(range(size)), timeout=timeout) for size in range(1, count + 1)}
     return {
         size: dist.DeviceMesh.from_group(group, "cpu", mesh_dim_names=("depth",))
