@@ -9,26 +9,42 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"benchmarks": ROOT / "benchmarks" / "results", "experiments": ROOT / "experiments" / "results"}
+PAGE = "README.md"
+"""A folder's own page, of all that lies in it."""
 TITLES = {
     "cpu/crossover": "Whole training steps of recurrent layers",
     "cpu/rnn": "Backward passes of recurrent layers",
     "cpu/scan": "The diagonal scan",
     "cpu/stack": "Stacks of residual layers",
     "cpu/memory": "Memory",
+    "cpu/cosines": "Cosines against k, early and late in training",
     "cpu/depth": "Layers on two and four ranks",
 }
-"""Other pages are called as their files are."""
+"""Other pages are called as their files are, or name themselves."""
 
 
 def pages() -> dict[str, str]:
-    """Markdown by the page's path below ``numbers/``, each made of the results that share a stem."""
+    """Markdown by the page's path below ``numbers/``: a folder's own page, or one for the results that share a stem."""
     made: dict[str, str] = {}
     for kind, folder in FOLDERS.items():
-        for home in sorted({path.parent for path in [*folder.rglob("*.json"), *folder.rglob("*.md")]}):
+        for home in homes(folder):
+            place = home.relative_to(folder).as_posix()
+            if (home / PAGE).exists():
+                made[f"{kind}/{place}/index.md"] = (home / PAGE).read_text()
+                continue
             for stem in stems(home):
-                place = f"{home.relative_to(folder).as_posix()}/{stem}"
-                made[f"{kind}/{place}.md"] = page(home, stem, TITLES.get(place, place.replace("/", ": ")))
+                title = TITLES.get(f"{place}/{stem}", f"{stem}, {place}".capitalize())
+                made[f"{kind}/{place}/{stem}.md"] = page(home, stem, title)
     return made
+
+
+def homes(folder: Path) -> list[Path]:
+    """The folders that hold results; what lies below one with a page of its own belongs to that page."""
+    found: list[Path] = []
+    for home in sorted({path.parent for path in [*folder.rglob("*.json"), *folder.rglob("*.md")]}):
+        if not any((above / PAGE).exists() for above in found if above in home.parents):
+            found.append(home)
+    return found
 
 
 def pictures() -> dict[str, Path]:
@@ -122,4 +138,6 @@ def cell(value: Any) -> str:
     """A value in a table."""
     if value is None:
         return ""
+    if isinstance(value, list):
+        return ", ".join(map(cell, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")
