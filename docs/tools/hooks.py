@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from drawings import DRAWINGS
 from formulas import drawn
+from names import unexplained
 from results import case_of, pages, pictures, rows_of
 from sources import shown
 
@@ -25,6 +28,12 @@ def on_config(config: Any) -> Any:
         if "Numbers" in section:
             section["Numbers"] += [f"{NUMBERS}/{path}" for path in pages()]
     return config
+
+
+def on_pre_build(config: Any) -> None:
+    """Stop where a public name has no entry in the reference."""
+    if names := unexplained(Path(config.docs_dir)):
+        raise PluginError(f"no entry in docs/reference for {', '.join(names)}")
 
 
 def on_files(files: Files, *, config: Any) -> Files:
