@@ -23,6 +23,8 @@ BROWSER = nox.project.dependency_groups(PROJECT, "browser")
 MUTANTS = nox.project.dependency_groups(PROJECT, "mutants")
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 CONSTRAINTS = ("-c", "tests/constraints.txt")
+WORKERS = ("-n", "2", "--dist", "worksteal")
+"""Tests run in two processes, as many as CI has cores; ``-- -n 0`` runs them in one."""
 
 
 def newest(*versions: str) -> str | None:
@@ -47,20 +49,20 @@ def lint(session: nox.Session) -> None:
 def numpy(session: nox.Session) -> None:
     """The reference with its kernels, and the command line with what its main job needs."""
     session.install("-e", ".[demo,numba]", *TEST)
-    session.run("pytest", "--backends=numpy", *session.posargs)
+    session.run("pytest", *WORKERS, "--backends=numpy", *session.posargs)
 
 
 @nox.session
 def torch(session: nox.Session) -> None:
     session.install("-e", ".[torch,bench,demo]", *TEST_TORCH, *CONSTRAINTS)
-    session.run("pytest", "--backends=numpy,torch", *session.posargs)
+    session.run("pytest", *WORKERS, "--backends=numpy,torch", *session.posargs)
 
 
 @nox.session(python=newest("3.13", "3.12", "3.11"))
 def jax(session: nox.Session) -> None:
     """On the newest Python there is: JAX drops old ones early, and pip then finds an old JAX."""
     session.install("-e", ".[jax,demo]", *TEST_JAX)
-    session.run("pytest", "--backends=numpy,jax", *session.posargs)
+    session.run("pytest", *WORKERS, "--backends=numpy,jax", *session.posargs)
 
 
 @nox.session

@@ -37,6 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--backends requires {name}: {error}") from error
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if " at 0x" in item.nodeid:  # pytest-xdist wants the same ones in all its workers
+        raise pytest.UsageError(f"{item.nodeid} has another name in another process; give its parameters ids")
+
+
 def _required(config: pytest.Config) -> list[str]:
     return [name for name in config.getoption("--backends").split(",") if name]
 
