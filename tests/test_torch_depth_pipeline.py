@@ -83,11 +83,13 @@ def expected(k: int, residual: Any, size: int) -> list[list[Any]]:
 
 @pytest.mark.parametrize("microbatches", [1, 2, 3])
 def test_iterates_are_those_of_the_stages_between_and_the_last_is_gpipes(ranks, microbatches):
+    left, right = torch.linspace(-1, 1, D).double(), torch.linspace(1, 0.5, D).double()
+    along = hbp.Scalar(0.8) + hbp.LowRank(left[None, :, None], right[None, None])
     settings = [None, {"iterations": None}, {"iterations": P - 2}, {"iterations": P - 1, "exchange": hb.HillisSteele()}]
     settings += [{"iterations": 0}, {"iterations": 1, "exchange": hb.Transpose()}]
-    settings += [{"iterations": 1, "residual": hbp.Scalar(0.8)}, {"iterations": 9, "tolerance": 0.0}]
+    settings += [{"iterations": 1, "residual": along}, {"iterations": 9, "tolerance": 0.0}]
     answers = ranks(scheduled_on, microbatches, settings)
-    splits, size = ((0, hbp.Identity()), (1, hbp.Identity()), (1, hbp.Scalar(0.8))), 2 * microbatches
+    splits, size = ((0, hbp.Identity()), (1, hbp.Identity()), (1, along)), 2 * microbatches
     rough = [expected(k, residual, size) for k, residual in splits]
     for rank, ((gpipe, losses), *others) in enumerate(answers):
         for i, (gradients, values) in enumerate(others):
