@@ -112,7 +112,8 @@ class Kernels:
 
 CELLS = ("gru_forward", "gru_adjoint", "lstm_forward", "lstm_adjoint")
 CPU = Kernels("numba", "_numba", "numba", ("suffix_scan", "low_rank_scan", *CELLS), everywhere=True)
-CUDA_TORCH = Kernels("torch", "torch.kernels", "triton", ("suffix_scan", "gru_rounds", "lstm_rounds"))
+ROUNDS = ("gru_rounds", "lstm_rounds", "gru_low_rank_rounds", "lstm_low_rank_rounds")
+CUDA_TORCH = Kernels("torch", "torch.kernels", "triton", ("suffix_scan", "low_rank_scan", *ROUNDS))
 CUDA_CUPY = Kernels("cupy", "cupy.kernels", "cupy", ("suffix_scan",))
 CUDA_JAX = Kernels("jax", "jax.kernels", "jax", ("suffix_scan",))
 NAMES = tuple(f"{kernels.library}.{name}" for kernels in (CUDA_TORCH, CUDA_CUPY, CUDA_JAX) for name in kernels.names)

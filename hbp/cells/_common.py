@@ -18,8 +18,8 @@ from hbp.directions import Directions, Rank, check_rank, directions
 
 Whole: TypeAlias = Callable[..., tuple[Any, Any, Any]]
 """``(pullback, cotangents, with_inputs) -> (dparams, dx, dinitial)``."""
-Rounds: TypeAlias = Callable[[LinearizedChain, Array, int], Array]
-"""``(chain, c, iterations)`` -> all of g."""
+Rounds: TypeAlias = Callable[[LinearizedChain, Array, Solver], Array]
+"""``(chain, c, solver)`` -> all of g, along the chain's own path and the directions that it knows."""
 
 
 Keep: TypeAlias = Literal["states", "gates"]
@@ -89,7 +89,8 @@ def own_code(
     """Which code of the backend's own computes a cell's backward pass; where it has none, the core does.
 
     The whole pass, exact or on single steps: "adjoint", which knows directions, tolerance and reports, else "in_place",
-    which does not. Nor do the rounds alone, on single steps: "rounds". This is the only place that decides.
+    which does not. Else the rounds alone, on single steps: "rounds", or with directions "low_rank_rounds". This is the
+    only place that decides.
     """
     if isinstance(split, LinearOperator):
         return None, None
@@ -100,7 +101,9 @@ def own_code(
     if whole is None and split is None and (solver.exact or solver == Solver(solver.iterations)):
         whole = backend.kernel(f"{cell}_in_place", *given)
         whole = whole and partial(whole, iterations=solver.iterations)
-        rounds = backend.kernel(f"{cell}_rounds", *given) if whole is None and not solver.exact else None
+    if whole is None and not solver.exact and solver.chunk == 1:
+        rounds = backend.kernel(f"{cell}_rounds" if split is None else f"{cell}_low_rank_rounds", *given)
+        rounds = rounds if rounds is None or split is None else partial(rounds, directions=split)
     return whole, rounds
 
 
@@ -131,7 +134,7 @@ def state_cotangents(
     """The cotangents of the initial state and of all T others, (T+1, ...), from those given from outside, (T, ...)."""
     sources = backend.concat([backend.zeros_like(d[:1]), d[:-1]])
     if rounds is not None:
-        return rounds(chain, backend.concat([sources, d[-1:]]), solver.iterations)  # type: ignore[arg-type]
+        return rounds(chain, backend.concat([sources, d[-1:]]), solver)
     return highway(chain, d[-1], sources=sources, solver=solver, backend=backend)
 
 

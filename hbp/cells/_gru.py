@@ -121,6 +121,10 @@ class GRUBlocks(Pullbacks):
     def at(self, i: Any, cotangent: Array, backend: Backend) -> Array:
         return merged(self.gains[i] * cotangent[..., None, :]) @ self.weight
 
+    def along(self, left: Array, right: Array) -> LowRank:
+        """What ``left @ right`` in the place of the weight would do, as residual maps."""
+        return LowRank(sum_of_gates(self.gains, left), right[None])
+
 
 @dataclass(frozen=True, eq=False)
 class GRUPullback:
@@ -165,9 +169,9 @@ class GRUPullback:
         if not isinstance(split, Directions):
             return self.chain if split is None else self.chain.resplit(split)
         left, right = split.taken
-        gains, weight = self.chain.pullbacks.gains, self.params.weight_hh
-        low = LowRank(sum_of_gates(gains, left), right[None])
-        return LinearizedChain(GRUBlocks(gains, weight - left @ right), self.chain.residual + low)
+        own = self.chain.pullbacks
+        rest = GRUBlocks(own.gains, own.weight - left @ right)
+        return LinearizedChain(rest, self.chain.residual + own.along(left, right))
 
     def __call__(
         self,
@@ -203,7 +207,7 @@ class GRUPullback:
         whole, rounds = own_code("gru", solver, split, self.backend, arrays)
         if whole is not None:
             return whole(self, dh, with_inputs)
-        g = state_cotangents(self.split(split), dh, solver, rounds, self.backend)
+        g = state_cotangents(self.split(split) if rounds is None else self.chain, dh, solver, rounds, self.backend)
         inputs, recurrent = self.preactivations(g)
         dx = matmul(inputs, self.params.weight_ih) if with_inputs else None
         return self.parameters(inputs, recurrent), dx, first(g, self.backend)

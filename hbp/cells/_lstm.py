@@ -149,6 +149,13 @@ class LSTMBlocks(Pullbacks):
     def at(self, i: Any, cotangent: Array, backend: Backend) -> Array:
         return self[i](cotangent, backend)
 
+    def along(self, left: Array, right: Array, backend: Backend) -> LowRank:
+        """What ``left @ right`` in the place of the weight would do, as residual maps."""
+        gates = 3 * self.exposed.shape[-1]
+        by_c = sum_of_gates(self.gains[..., :3, :], left[:gates])
+        by_h = self.exposed[..., None] * by_c + sum_of_gates(self.gains[..., 3:, :], left[gates:])
+        return LowRank(backend.concat([by_c, by_h], -2), backend.concat([backend.zeros_like(right), right], -1)[None])
+
 
 @dataclass(frozen=True, eq=False)
 class LSTMPullback:
@@ -195,13 +202,9 @@ class LSTMPullback:
         if not isinstance(split, Directions):
             return self.chain if split is None else self.chain.resplit(split)
         left, right = split.taken
-        own, concat = self.chain.pullbacks, self.backend.concat
-        gates = 3 * own.exposed.shape[-1]
-        by_c = sum_of_gates(own.gains[..., :3, :], left[:gates])
-        by_h = own.exposed[..., None] * by_c + sum_of_gates(own.gains[..., 3:, :], left[gates:])
-        low = LowRank(concat([by_c, by_h], -2), concat([self.backend.zeros_like(right), right], -1)[None])
-        blocks = LSTMBlocks(own.gains, own.exposed, own.weight - left @ right)
-        return LinearizedChain(blocks, self.chain.residual + low)
+        own = self.chain.pullbacks
+        rest = LSTMBlocks(own.gains, own.exposed, own.weight - left @ right)
+        return LinearizedChain(rest, self.chain.residual + own.along(left, right, self.backend))
 
     def __call__(
         self,
@@ -244,7 +247,7 @@ class LSTMPullback:
         if whole is not None:
             return whole(self, dstates, with_inputs)
         d = self.backend.stack([self.backend.zeros_like(dh) if dc is None else dc, dh], axis=-2)
-        g = state_cotangents(self.split(split), d, solver, rounds, self.backend)
+        g = state_cotangents(self.split(split) if rounds is None else self.chain, d, solver, rounds, self.backend)
         a = self.chain.pullbacks.preactivations(g[1:], self.backend)
         d0 = first(g, self.backend)
         dx = matmul(a, self.params.weight_ih) if with_inputs else None

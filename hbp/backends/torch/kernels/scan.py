@@ -156,12 +156,20 @@ class Cut:
         each = triton.cdiv(tiles, chunks) if chunks >= WORTH else tiles
         return cls(height, width, blocks, each, triton.cdiv(tiles, each), sizes.warps)
 
+    @property
+    def programs(self) -> int:
+        """The number of programs."""
+        return self.blocks * self.chunks
+
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
         """What a kernel is compiled with, for tensors of this dtype."""
-        acc = tl.float64 if dtype == torch.float64 else tl.float32
-        # Fused multiply-adds round once; Triton 3.9 warns where that is left to its default.
-        sizes = {"HEIGHT": self.height, "WIDTH": self.width, "num_warps": self.warps}
-        return {"ACC": acc, **sizes, "enable_fp_fusion": True}
+        return {"HEIGHT": self.height, "WIDTH": self.width, "num_warps": self.warps, **precision(dtype)}
+
+
+def precision(dtype: torch.dtype) -> dict[str, Any]:
+    """How a kernel computes with numbers of this dtype."""
+    # Fused multiply-adds round once; Triton 3.9 warns where that is left to its default.
+    return {"ACC": tl.float64 if dtype == torch.float64 else tl.float32, "enable_fp_fusion": True}
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -172,6 +180,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device; the interpreter runs one program after another."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def cut_of(like: Tensor, rows: int, channels: int, sizes: Blocks | None) -> Cut:
+    """How a scan on a tensor's device, in its dtype, is dealt to programs."""
+    return Cut.of(rows, channels, like.element_size(), processors(like.device), sizes)
 
 
 def blocks(name: str, like: Tensor) -> Blocks:
@@ -195,7 +208,7 @@ def launch(
     """
     if not rows * channels:
         return
-    cut = Cut.of(rows, channels, like.element_size(), processors(like.device), sizes)
+    cut = cut_of(like, rows, channels, sizes)
     maps = (2, cut.chunks, channels) if cut.chunks > 1 else (2, 1, 1)
     offsets, factors = torch.empty(maps, dtype=wide(like.dtype), device=like.device).unbind()
     constants |= cut.constants(like.dtype)
