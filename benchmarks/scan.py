@@ -1,4 +1,4 @@
-"""The diagonal suffix scan alone: g[i] = a[i] g[i+1] + c[i]."""
+"""The suffix scan alone: g[i] = a[i] g[i+1] + c[i], on devices with few directions beside the diagonal too."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ GPU_CASES = [
     *({"T": T, "B": 8, "D": 512, "dtype": dtype} for T in (16384, 1024) for dtype in ("float32", "bfloat16")),
     *({"T": T, "B": 1, "D": 64, "dtype": dtype} for T in (2**20, 16384) for dtype in ("float32", "bfloat16")),
     {"T": 16384, "B": 8, "D": 512, "maps": "identity"},
+    {"T": 1024, "B": 8, "D": 512, "maps": "low rank"},
     *({"T": T, "B": 1, "D": 64} for T in (1024, 4096, 2**17)),
     *({"T": T, "B": 32, "D": 1024} for T in (256, 4096)),
 ]
 CHECK = {"T": 37, "B": 2, "D": 5}
+RANK = 16
 
 
 @kept
@@ -42,9 +44,23 @@ def problem(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return gates, c
 
 
+@kept
+def factors(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Of random directions, (T, B, D, r) and (1, r, D), whose products are about as large as the gates'."""
+    rng, size = np.random.default_rng(1), case["D"]
+    shapes = (case["T"], case["B"], size, RANK), (1, RANK, size)
+    left, right = (rng.standard_normal(shape, dtype=np.float32) for shape in shapes)
+    return left / np.float32(2 * size), right / np.float32(RANK)
+
+
 def reference(case: dict[str, Any], method: Method | None = None, lib: Library | None = None) -> Any:
     """The scan in float64: step by step, or on a device in sweeps, where so many steps would take too long."""
     gates, c = problem(case)
+    if case.get("maps") == "low rank":
+        g, (left, right) = c.astype(np.float64), factors(case)
+        for i in range(len(gates) - 1, -1, -1):
+            g[i] += gates[i] * g[i + 1] + (right[0].T @ (left[i].swapaxes(1, 2) @ g[i + 1][..., None]))[..., 0]
+        return g.ravel()
     if lib is not None:
         wide = [lib.array(x.astype(np.float64)) for x in (gates, c)]
         swept = hillis_steele(hbp.Diagonal(wide[0]), wide[1], Parallel(lib.name, lib.front_end.backend.xp))
@@ -57,7 +73,8 @@ def reference(case: dict[str, Any], method: Method | None = None, lib: Library |
 
 def moved_bytes(case: dict[str, Any]) -> int:
     """The inputs read and the result written, once."""
-    arrays, size = 2 if case.get("maps") == "identity" else 3, 2 if case.get("dtype") == "bfloat16" else 4
+    arrays = {"identity": 2, "low rank": 3 + RANK}.get(case.get("maps"), 3)
+    size = 2 if case.get("dtype") == "bfloat16" else 4
     return size * arrays * case["T"] * case["B"] * case["D"]
 
 
@@ -84,6 +101,9 @@ def methods(case: dict[str, Any], lib: Library) -> Iterator[Method]:
         return  # NumPy and CuPy have none
     gates, c = (lib.array(x) if dtype == "float32" else lib.cast(lib.array(x), dtype) for x in problem(case))
     operator: Any = hbp.Identity() if identity else hbp.Diagonal(gates)
+    if case.get("maps") == "low rank":
+        yield from _low_rank(operator, c, case, lib)
+        return
     parallel = Parallel(lib.name, lib.front_end.backend.xp)
     ours, hillis = (lib.front_end.jit(f) for f in (lib.front_end.backend.propagate, parallel.propagate))
     yield Method("hbp", lib, lambda: ours(operator, c), None, ours=True)
@@ -92,6 +112,14 @@ def methods(case: dict[str, Any], lib: Library) -> Iterator[Method]:
     others: Any = _torch_sums if identity and lib.name == "torch" else _OTHERS.get(lib.name, lambda *_: ())
     for name, run, finish in others(gates, c):
         yield Method(name, lib, run, None, ours="hbp" in name, finish=finish, yardstick="no scan" in name)
+
+
+def _low_rank(diagonal: Any, c: Any, case: dict[str, Any], lib: Library) -> Iterator[Method]:
+    """As on the way back through a recurrent net: directions of each step follow those that all share."""
+    own = lib.front_end.backend
+    operator = (diagonal + hbp.LowRank(*map(lib.array, factors(case)))).T.bind(case["T"], c[-1], own)
+    yield Method("hbp", lib, lambda: own.propagate(operator, c), None, ours=True)
+    yield Method("loop over steps", lib, lambda: own.sequential(operator, c), None)
 
 
 Other = tuple[str, Callable[[], Any], Callable[[Any], Any]]

@@ -11,8 +11,12 @@ from benchmarks.gpu.record import Record
 from hbp.backends import _measured
 from hbp.backends._measured import Measured, Place
 
-PLAIN = {"hbp (kernels)": "Hillis-Steele (the paper's)", "Highway-BP (kernels)": "Highway-BP"}
-"""Which row is the plain path of a row with kernels."""
+PLAIN = {
+    "hbp (kernels)": ("Hillis-Steele (the paper's)", "loop over steps"),
+    "Highway-BP (kernels)": ("Highway-BP",),
+    "Highway-BP, rank 16 (kernels)": ("Highway-BP, rank 16",),
+}
+"""Which row is the plain path of a row with kernels, the first of them that there is."""
 
 
 def family(folder: Path) -> str:
@@ -41,7 +45,7 @@ def measured(folder: Path) -> tuple[Measured, ...]:
 
 
 def _compared(folder: Path) -> Iterator[Measured]:
-    for step in ("scan", "rnn"):
+    for step in ("scan", "rnn", "rank"):
         record = _record(folder, step)
         for rows in record.results().values() if record else ():
             for row in rows:
@@ -56,16 +60,19 @@ def _compared(folder: Path) -> Iterator[Measured]:
 
 
 def _is_plain(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether the first is what the second would be without kernels; of the rounds k = 3 speaks for all."""
+    """Whether the first is what the second would be without kernels; k = 3 speaks for all, with directions k = 1."""
     same = all(row[name] == other[name] for name in ("library", "k", "chunk", "case"))
-    return same and row["method"] == PLAIN.get(other["method"]) and (row["k"], row["chunk"]) in ((None, None), (3, 1))
+    speaks = (None, None), (1 if "rank" in row["method"] else 3, 1)
+    return same and row["method"] in PLAIN.get(other["method"], ()) and (row["k"], row["chunk"]) in speaks
 
 
 def _place(row: dict[str, Any], device: str) -> tuple[str, Place]:
     case, lib = row["case"], row["library"]
     if "cell" in case:
-        return f"{lib}.{case['cell']}_rounds", Place(device, "float32", case["T"], case["B"] * case["H"])
-    return f"{lib}.suffix_scan", Place(device, case.get("dtype", "float32"), case["T"] + 1, case["B"] * case["D"])
+        kind = "low_rank_rounds" if "rank" in row["method"] else "rounds"
+        return f"{lib}.{case['cell']}_{kind}", Place(device, "float32", case["T"], case["B"] * case["H"])
+    kernel = "low_rank_scan" if case.get("maps") == "low rank" else "suffix_scan"
+    return f"{lib}.{kernel}", Place(device, case.get("dtype", "float32"), case["T"] + 1, case["B"] * case["D"])
 
 
 def source(rows: tuple[Measured, ...]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.gpu.search import call_of
 from benchmarks.measure import library
+from hbp.backends._kernels import ROUNDS
 
 SHORT, LONG = 40, 3000
 """Of which a device cuts the second in time; an interpreter one a tenth as long."""
@@ -21,7 +22,8 @@ def main(name: str) -> None:
         lib.front_end.backend.xp.cuda.set_allocator(None)  # within a pool of memory no access is out of bounds
     kernels = import_module(f"hbp.backends.{name}.kernels")
     calls = [("suffix_scan", length) for length in (SHORT, LONG if lib.on_gpu else LONG // 10)]
-    calls += [("gru_rounds", 70), ("lstm_rounds", 70)] if name == "torch" else []
+    if name == "torch":
+        calls += [(kernel, 9 if "low_rank" in kernel else 70) for kernel in (*ROUNDS, "low_rank_scan")]
     found = [
         call_of(lib, kernels, kernel, {"T": length, "B": 3, "D": 5, "dtype": "float32"})(None)
         for kernel, length in calls

@@ -14,7 +14,7 @@ from benchmarks.gpu.record import Record
 from benchmarks.gpu.steps import STEPS, Step
 
 NAME = "gpu.md"
-TABLES = ("scan", "rnn", "stack", "blocks", "memory", "graphs")
+TABLES = ("scan", "rnn", "rank", "stack", "blocks", "memory", "graphs")
 """Steps whose parts return rows."""
 
 

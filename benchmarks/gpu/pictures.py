@@ -18,6 +18,7 @@ def draw(folder: Path, results: dict[str, dict[str, Any]]) -> list[Path]:
     figures = {
         "scan": _scan(tables.of_parts(results.get("scan", {}))),
         "rnn": _errors(tables.of_parts(results.get("rnn", {}))),
+        "rank": _errors(tables.of_parts(results.get("rank", {}))),
         "rnn-crossover": _crossover(tables.of_parts(results.get("rnn", {}))),
         "stack": _errors(tables.of_parts(results.get("stack", {}))),
         "blocks": _errors(tables.of_parts(results.get("blocks", {}))),

@@ -7,13 +7,15 @@ from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
-from benchmarks import rnn
+from benchmarks import rank, rnn
 
 
 @cache
 def interpret() -> None:
     """Let arrays on the CPU have the GPU's kernels; TRITON_INTERPRET was set when this process began."""
-    rnn.CHECK["T"] = 24  # a program of an interpreted kernel takes as long as a thousand of a compiled one
+    rnn.CHECK["T"] = rank.CHECK["T"] = (
+        24  # a program of an interpreted kernel takes as long as a thousand of a compiled one
+    )
     if find_spec("torch") and find_spec("triton"):
         _torch()
     if find_spec("jax"):

@@ -26,8 +26,10 @@ REHEARSED: dict[str, list[dict[str, Any]]] = {
         {"T": 40, "B": 2, "D": 5},
         {"T": 40, "B": 2, "D": 5, "dtype": "bfloat16"},
         {"T": 40, "B": 2, "D": 5, "maps": "identity"},
+        {"T": 9, "B": 2, "D": 5, "maps": "low rank"},
     ],
     "rnn": [{"cell": cell, "T": 20, "B": 2, "H": 4, "weights": 1.0} for cell in recurrent.BOTH],
+    "rank": [{"cell": "gru", "T": 12, "B": 2, "H": 20, "weights": 1.0, "strong": 2}],
     "stack": [{"L": 6, "d": 4, "B": 2}],
     "blocks": [{"L": 4, "d": 8, "heads": 2, "T": 6}],
     "memory": [{"cell": "gru", "T": 20, "B": 2, "H": 4, "weights": 1.0}],
@@ -36,6 +38,8 @@ LARGEST = 2**28
 """Numbers in all states of a recurrent case; of larger ones a float64 reference does not fit beside its gates."""
 LONGEST = 4096
 """Steps up to which a loop over them in Python is timed: each takes about 10 launches, of 5 microseconds or more."""
+DIRECTED = 1024
+"""Steps up to which a path with directions is timed without a kernel."""
 LOOPS = {"loop over steps": 16384, "jax.lax.scan": 16384}
 """Up to how many steps a scan of one or two launches a step is timed: 2^20 of them take ten seconds."""
 IN_TURN = (("torch", "cupy"), ("jax",))
@@ -69,6 +73,21 @@ def rnn(there: There) -> Iterator[Part]:
     methods = with_kernels(_layers, passed(there), lambda method: method.name == "Highway-BP")
     yield from _parts(there, "rnn", rnn_cases(), methods, ["torch"])
     yield from _parts(there, "rnn", small, _few_layers, ["jax"])
+
+
+def rank(there: There) -> Iterator[Part]:
+    """GRU and LSTM with strong directions in the residual path, in PyTorch, kernels on and off."""
+    from benchmarks import rank as table
+
+    both = with_kernels(table.methods, passed(there), lambda method: "Highway-BP" in method.name)
+
+    def short(case: dict[str, Any], lib: Library) -> Iterator[Method]:
+        """Without a kernel a path with directions is a loop in Python, some ten launches a step."""
+        for method in both(case, lib):
+            if case["T"] <= DIRECTED or "rank" not in method.name or "kernels" in method.name:
+                yield method
+
+    yield from _parts(there, "rank", table.GPU_CASES, short, ["torch"])
 
 
 def stack(there: There) -> Iterator[Part]:
@@ -143,7 +162,9 @@ def under(value: str, method: Method) -> Method:
 
 def _few(methods: Methods) -> Methods:
     """Of each kind one: in a rehearsal each is there to be seen working."""
-    return lambda case, lib: (m for m in methods(case, lib) if (m.k, m.chunk or 1) in ((None, 1), (3, 1)))
+    return lambda case, lib: (
+        m for m in methods(case, lib) if (m.k, m.chunk or 1) in ((None, 1), (1 if "strong" in case else 3, 1))
+    )
 
 
 def _parts(
