@@ -137,6 +137,7 @@ class LowRank(LinearOperator):
         if not isinstance(other, LinearOperator):
             return NotImplemented
         if isinstance(other, LowRank):
+            _check_axes(self.left, self.right, other.left, other.right)
             left, right = _beside(other.left, self.left, -1), _beside(other.right, self.right, -2)
             return _capped(LowRank(left, right, self.path)).__radd__(other.path)
         if not isinstance(self.path, Zero):
@@ -209,6 +210,13 @@ def _check_states(a: LinearOperator, b: LinearOperator) -> None:
     if _on_pairs(a) != _on_pairs(b) and not any(isinstance(one, Identity | Scalar) for one in (a, b)):
         kinds = f"{type(a).__name__} with {type(b).__name__}"
         raise TypeError(f"cannot compose {kinds}, one of which acts on pairs: give one same kind")
+
+
+def _check_axes(*factors: Array) -> None:
+    """Raise ValueError where one factor's axis of layers would meet another's axis of a batch."""
+    axes = {factor.ndim for factor in factors}
+    if any(2 < factor.ndim < max(axes) and len(factor) > 1 for factor in factors):
+        raise ValueError(f"factors with {min(axes)} and {max(axes)} axes do not add up; give all the axes of a batch")
 
 
 def _columns(maps: LinearOperator, factor: Array) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from oracles import KINDS, converted, fits, residual_case
 
-from hbp import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
+from hbp import Dense, Diagonal, Identity, LinearOperator, LowRank, Pair, Scalar, Zero
 from hbp.backends.numpy import backend
 from hbp.core.joining import concatenate, one_each
 from hbp.core.scan import Affine
@@ -129,6 +129,15 @@ def test_a_number_becomes_one_for_each_layer_in_the_states_dtype():
     np.testing.assert_array_equal(found, np.float32([0.5, 0.5, 0.25])[:, None] * states)
     np.testing.assert_array_equal((joined @ joined).mv(states), np.float32([0.25, 0.25, 0.0625])[:, None] * states)
     assert not one_each(Identity(), 3, states[0], backend).arrays
+
+
+def test_factors_whose_axes_do_not_meet_do_not_add_up(rng):
+    shared, entries, one = (LowRank(*rng.normal(size=(2, *own, 3, 3))) for own in ((L,), (L, L), (1,)))
+    for a, b in ((shared, entries), (entries, shared)):
+        with pytest.raises(ValueError, match="factors with 3 and 4 axes do not add up; give all the axes of a batch"):
+            a + b
+    v = rng.normal(size=(L, L, 3))
+    close((entries + one).mv(v), entries.mv(v) + one.mv(v))
 
 
 MATRIX = np.arange(9.0).reshape(3, 3) / 9
