@@ -10,13 +10,15 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from hbp.core.backend import Array, Backend, check_count, check_floating, check_shape
+from hbp.core.backend import Array, Backend, check_count, check_floating, check_kind, check_shape
 from hbp.core.registry import resolve
 
 SPARE = 4
 """Directions that "auto" follows beyond those it takes, to see new ones rise."""
 MARGIN = 1.1
 """How far a singular value must be above the edge of a flat spectrum, which is sharp only in the limit."""
+ROUNDING = 1e-8
+"""The fraction of the sum of squares below which a remainder is rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,11 @@ class Directions:
         return tuple(float((column * column).sum()) ** 0.5 for column in self.left.T)
 
     def __repr__(self) -> str:
-        return f"Directions(rank={self.rank}, values={[round(value, 3) for value in self.values]})"
+        try:
+            values: Any = [round(value, 3) for value in self.values]
+        except TypeError:  # in a program that is being traced there are no numbers
+            values = "traced"
+        return f"Directions(rank={self.rank}, values={values})"
 
 
 Rank: TypeAlias = int | Literal["auto"] | Directions
@@ -69,32 +75,60 @@ def directions(
         rank: how many; "auto" takes those whose singular values rise above the edge of a flat spectrum of the
             remainder's size (`flat_edge`). Directions are given back as they are.
         start: those of the weight before its last change: one step of subspace iteration from them, two products of
-            N x H x r, instead of a whole singular value decomposition, which takes about 10 N H^2 operations.
+            N x H x r, instead of a whole singular value decomposition, which takes about 10 N H^2 operations. Others
+            than as many, or such that are not finite, are no start; inside `jax.jit` the latter are replaced by columns
+            of the weight, from which further steps converge.
         backend: a backend or its name, where it shall not be chosen by the library's rules.
 
+    Returns:
+        The directions. Their ``right`` counts as constant in `jax.grad`.
+
     Raises:
-        TypeError, ValueError: no matrix of floating-point numbers, no rank, or more than H; "auto" inside `jax.jit`.
+        TypeError, ValueError: no matrix of floating-point numbers, no rank, or more than H; a start of another weight;
+            "auto" inside `jax.jit`.
 
     >>> import numpy as np
     >>> strong = directions(np.diag([3.0, 1.0, 1.0]), 1)
     >>> strong.values, abs(strong.right).tolist()
     ((3.0,), [[1.0, 0.0, 0.0]])
     """
+    resolved: Any = check_directions(weight, rank, backend)
+    if isinstance(rank, Directions):
+        return rank
+    if start is not None:
+        check_kind("start", start, Directions, "the directions of the weight before, or None")
+        check_directions(weight, start, resolved)
+    wide = resolved.widened(weight)
+    found = _automatic(wide, start, resolved) if rank == "auto" else _leading(wide, rank, rank, start, resolved)
+    return Directions(resolved.cast(found.left, weight), resolved.cast(found.right, weight), found.rank)
+
+
+def check_directions(weight: Array, rank: Any, backend: Backend | str | None = None) -> Backend:
+    """Check that a weight, (N, H), has so many directions, or that given ones may be its own; returns the backend.
+
+    Raises:
+        TypeError, ValueError: it does not.
+    """
     check_rank(rank)
-    resolved: Any = resolve(backend, weight)
-    check_floating(weight=weight)
+    given = {"left": rank.left, "right": rank.right} if isinstance(rank, Directions) else {}
+    resolved = resolve(backend, weight, *given.values())
+    check_floating(weight=weight, **given)
     if weight.ndim != 2:
         raise ValueError(f"the weight has shape {tuple(weight.shape)}; expected (N, H)")
     if isinstance(rank, Directions):
         check_shape("the directions' left factor", rank.left, (weight.shape[0], rank.right.shape[0]))
         check_shape("the directions' right factor", rank.right, (rank.right.shape[0], weight.shape[1]))
-        check_floating(weight=weight, left=rank.left, right=rank.right)
-        return rank
-    if rank != "auto" and rank > min(weight.shape):
+    elif rank != "auto" and rank > min(weight.shape):
         raise ValueError(f"rank={rank} is more than a weight of shape {tuple(weight.shape)} has; give less")
-    wide = resolved.widened(weight)
-    found = _automatic(wide, start, resolved) if rank == "auto" else _leading(wide, rank, rank, start, resolved)
-    return Directions(resolved.cast(found.left, weight), resolved.cast(found.right, weight), found.rank)
+    return resolved
+
+
+def check_known(weight: Array, rank: Rank, backend: Backend) -> None:
+    """Raise TypeError where a weight's numbers, which "auto" needs, are not known yet."""
+    if rank == "auto" and not isinstance(backend.norm(weight), float):
+        raise TypeError(
+            "rank='auto' needs the weight's numbers; inside jax.jit give a number, or directions from outside"
+        )
 
 
 def flat_edge(values: tuple[float, ...], total: float, shape: tuple[int, int]) -> float:
@@ -109,7 +143,7 @@ def flat_edge(values: tuple[float, ...], total: float, shape: tuple[int, int]) -
     4.988
     """
     rows, columns = (size - len(values) for size in shape)
-    rest = max(total - sum(value * value for value in values), 0.0)
+    rest = max(total - sum(value * value for value in values), ROUNDING * total)
     variance = rest / (rows * columns) if min(rows, columns) > 0 else 0.0
     return math.sqrt(variance) * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
 
@@ -123,15 +157,11 @@ def above_edge(values: tuple[float, ...], total: float, shape: tuple[int, int]) 
 
 
 def _automatic(weight: Array, start: Directions | None, backend: Any) -> Directions:
-    norm = backend.norm(weight)
-    if not isinstance(norm, float):
-        raise TypeError(
-            "rank='auto' needs the weight's numbers; inside jax.jit give a number, or directions from outside"
-        )
+    check_known(weight, "auto", backend)
     shape = (int(weight.shape[0]), int(weight.shape[1]))
     size = min(shape)
     found = _leading(weight, 0, len(start.right) if start is not None else size, start, backend)
-    rank = above_edge(found.values, norm * norm, shape)
+    rank = above_edge(found.values, backend.norm(weight) ** 2, shape)
     if start is not None and rank == len(found.right) < size:
         return _automatic(weight, None, backend)
     count = min(rank + SPARE, len(found.right))
@@ -140,11 +170,21 @@ def _automatic(weight: Array, start: Directions | None, backend: Any) -> Directi
 
 def _leading(weight: Array, rank: int, count: int, start: Directions | None, backend: Any) -> Directions:
     """``count`` directions, of which ``rank`` are taken."""
-    linalg = backend.xp.linalg
-    if start is not None and len(start.right) == count and math.isfinite(backend.norm(start.left)):
-        right = linalg.qr((backend.widened(start.left).T @ weight).T)[0].T  # reads the weight as it lies
-    elif isinstance(norm := backend.norm(weight), float) and not math.isfinite(norm):
-        right = backend.zeros_like(weight[:1].T @ weight[:1])[:count]  # as no decomposition would take it
-    else:
-        right = linalg.svd(weight, full_matrices=False)[2][:count]
+    right = _rows(backend.constant(weight), count, start, backend)
     return Directions(weight @ right.T, right, rank)
+
+
+def _rows(weight: Array, count: int, start: Directions | None, backend: Any) -> Array:
+    """An orthonormal basis of the leading right singular directions, (count, H)."""
+    xp = backend.xp
+    if start is not None and len(start.right) == count:
+        before = backend.constant(backend.widened(start.left))
+        norm = backend.norm(before)
+        known = isinstance(norm, float)
+        if not known:
+            before = xp.where(norm < math.inf, before, weight[:, :count])
+        if not known or math.isfinite(norm):
+            return xp.linalg.qr((before.T @ weight).T)[0].T  # reads the weight as it lies
+    if isinstance(norm := backend.norm(weight), float) and not math.isfinite(norm):
+        return backend.zeros_like(weight[:1].T @ weight[:1])[:count]  # as no decomposition would take it
+    return xp.linalg.svd(weight, full_matrices=False)[2][:count]

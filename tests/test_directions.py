@@ -82,11 +82,77 @@ def test_the_flat_edge_is_the_largest_value_of_noise(rng: np.random.Generator) -
 def test_weights_that_are_not_finite_leave_no_trace_behind(library: Library, rng: np.random.Generator) -> None:
     good = with_values(rng, (6, 3), [3.0, 2.0, 1.0])
     bad = np.where(good == good[0, 0], np.nan, good)
-    if library.name != "jax":
-        lost = hbp.directions(library.array(bad), 2)
-        assert lost.right.shape == (2, 3)
-        found = hbp.directions(library.array(good), 2, lost)
-        np.testing.assert_allclose(found.values, [3.0, 2.0], atol=1e-12)
+    lost = hbp.directions(library.array(bad), 2)
+    assert lost.right.shape == (2, 3)
+    found = hbp.directions(library.array(good), 2, lost)
+    np.testing.assert_allclose(found.values, [3.0, 2.0], atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rounding_is_no_direction(dtype: str, rng: np.random.Generator) -> None:
+    for shape in ((24, 8), (32, 8), (256, 64)):
+        for values in ([], [4.0], [6.0, 4.0, 0.1]):
+            weight = with_values(rng, shape, values).astype(dtype)
+            assert hbp.directions(weight, "auto").rank == len(values)
+
+
+def test_inside_a_program_of_jax(rng: np.random.Generator) -> None:
+    """A decomposition or a warm start of traced weights; what is followed goes in and out."""
+    jax = pytest.importorskip("jax")
+    weights = [with_values(rng, (12, 6), [4.0, 3.0, 0.3, 0.2, 0.1, 0.1]) for _ in range(2)]
+    with jax.enable_x64(True):
+        first, second = map(jax.numpy.asarray, weights)
+        for start in (None, hbp.directions(first, 2)):
+            found = jax.jit(lambda weight, start: hbp.directions(weight, 2, start))(second, start)
+            expected = hbp.directions(second, 2, start)
+            np.testing.assert_allclose(found.left @ found.right, expected.left @ expected.right, atol=1e-12)
+            assert (found.rank, "traced" in repr(found)) == (2, False)
+        lost = hbp.Directions(np.nan * found.left, found.right, 2)
+        step = jax.jit(lambda start: hbp.directions(second, 2, start))
+        for _ in range(12):
+            lost = step(lost)
+        rows = np.linalg.svd(weights[1])[2][:2]
+        np.testing.assert_allclose(lost.right.T @ lost.right, rows.T @ rows, atol=1e-10)
+        with pytest.raises(TypeError, match=r"rank='auto' needs the weight's numbers; inside jax\.jit give"):
+            jax.jit(lambda weight: hbp.directions(weight, "auto").left)(second)
+        jax.jit(lambda start: repr(start).index("values=traced"))(found)
+
+
+def test_their_rows_are_constants_in_jax(rng: np.random.Generator) -> None:
+    jax = pytest.importorskip("jax")
+    with jax.enable_x64(True):
+        weight, given = jax.numpy.ones((4, 3)), jax.numpy.asarray(rng.normal(size=(4, 2)))
+        for start in (None, hbp.directions(weight, 2)):  # equal singular values, of which there are no derivatives
+
+            def loss(weight: Any, start: Any = start) -> Any:
+                found = hbp.directions(weight, 2, start)
+                return (given * found.left).sum() + found.right.sum()
+
+            rows = hbp.directions(weight, 2, start).right
+            np.testing.assert_allclose(jax.grad(loss)(weight), given @ rows, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("start", "error", "match"),
+    [
+        (3, TypeError, "start is a int; give the directions of the weight before, or None"),
+        (hbp.directions(np.ones((4, 3)), 2), ValueError, r"right factor has shape \(2, 3\), expected \(2, 2\)"),
+        (hbp.directions(np.ones((4, 2), "f4"), 2), TypeError, "one dtype"),
+    ],
+    ids=str,
+)
+def test_a_start_is_that_of_such_a_weight(start: Any, error: type, match: str) -> None:
+    with pytest.raises(error, match=match):
+        hbp.directions(np.ones((4, 2)), 2, start)
+
+
+def test_directions_of_another_library_are_refused(library: Library) -> None:
+    if library.name == "numpy":
+        pytest.skip("NumPy's are those given")
+    others = hbp.directions(np.ones((4, 2)), 1)
+    for options in ({"rank": others}, {"rank": 1, "start": others}):
+        with pytest.raises(TypeError, match="several libraries"):
+            hbp.directions(library.array(np.ones((4, 2))), **options)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,10 @@ class ArrayBackend:
         """A half-precision array as float32, for sums of many terms; others as they are."""
         return x.astype(self.xp.float32) if dtype_name(x) in HALF else x
 
+    def constant(self, x: Array) -> Array:
+        """``x`` as what derivatives through it do not see, where the library takes them by itself."""
+        return x
+
     def map(self, pullbacks: Sequence[Pullback], cotangents: Sequence[Array]) -> list[Array]:
         return [pullback(g) for pullback, g in zip(pullbacks, cotangents, strict=True)]
 

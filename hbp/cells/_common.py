@@ -14,7 +14,7 @@ from hbp.core.chain import LinearizedChain
 from hbp.core.operator import LinearOperator
 from hbp.core.registry import resolve
 from hbp.core.solver import Solver
-from hbp.directions import Directions, Rank, check_rank, directions
+from hbp.directions import Directions, Rank, check_directions, directions
 
 Whole: TypeAlias = Callable[..., tuple[Any, Any, Any]]
 """``(pullback, cotangents, with_inputs) -> (dparams, dx, dinitial)``."""
@@ -113,9 +113,9 @@ def own_split(
     """What a cell's residual path is instead of its gate's, or the directions of its weight beside that; else None.
 
     Raises:
-        TypeError, ValueError: both are given, or ``rank`` is none.
+        TypeError, ValueError: both are given, or ``rank`` is none of this weight.
     """
-    check_rank(rank)
+    check_directions(weight, rank, backend)
     check_kind("residual", residual, LinearOperator | None, "an operator, as hbp.Zero(), or None for the cell's own")
     if residual is not None and rank != 0:
         raise ValueError("residual and rank are given; directions go with the cell's own path, give one of them")

@@ -14,6 +14,7 @@ from hbp.backends._kernels import CUDA_JAX
 from hbp.core.backend import Array, Gauge, Pullback
 from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero
 from hbp.core.scan import hillis_steele
+from hbp.directions import Directions
 from hbp.lowrank import LowRank
 
 UNROLLED = 8
@@ -42,6 +43,9 @@ class JaxBackend(ArrayBackend):
         if module is None or len({array.dtype for array in arrays}) > 1:
             return None
         return CUDA_JAX.find(name, lambda: module.place(arrays[0]))
+
+    def constant(self, x: Array) -> Array:
+        return lax.stop_gradient(x)
 
     def vjp(self, fn: Callable[[Array], Array], x: Array) -> tuple[Array, Pullback]:
         y, pullback = jax.vjp(fn, x)
@@ -183,5 +187,6 @@ def _register(kind: type[LinearOperator]) -> None:
     jax.tree_util.register_pytree_node(kind, flatten, unflatten)
 
 
+jax.tree_util.register_dataclass(Directions, ["left", "right"], ["rank"])
 for _kind in (Identity, Zero, Scalar, Diagonal, Dense, Pair, LowRank):
     _register(_kind)
