@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import Any
 
 from hbp.core.backend import Array, Backend, dtype_name
 from hbp.core.joining import concatenate, one_each
-from hbp.core.operator import Dense, Identity, LinearOperator, Pair, Scalar, Zero, zero
+from hbp.core.operator import Dense, Diagonal, Identity, LinearOperator, Pair, Scalar, Zero, lift, zero
 from hbp.core.registry import backend_of, load
+from hbp.factors import alike, beside, check_axes, each, eye, widened, zeros
 
 PATH = Zero()
 
@@ -89,7 +89,7 @@ class LowRank(LinearOperator):
         product = self.left @ self.right
         if isinstance(self.path, Zero):
             return Dense(product)
-        return Dense(self.path.mv(_zeros(product[..., 0]) + 1)[..., None] * _eye(self.left) + product)
+        return Dense(self.path.mv(zeros(product[..., 0]) + 1)[..., None] * eye(self.left) + product)
 
     def check_length(self, length: int) -> None:
         for wrong in {len(self.left), len(self.right)} - {1, length}:
@@ -137,8 +137,8 @@ class LowRank(LinearOperator):
         if not isinstance(other, LinearOperator):
             return NotImplemented
         if isinstance(other, LowRank):
-            _check_axes(self.left, self.right, other.left, other.right)
-            left, right = _beside(other.left, self.left, -1), _beside(other.right, self.right, -2)
+            check_axes(self.left, self.right, other.left, other.right)
+            left, right = beside(other.left, self.left, -1), beside(other.right, self.right, -2)
             return _capped(LowRank(left, right, self.path)).__radd__(other.path)
         if not isinstance(self.path, Zero):
             if isinstance(other, Zero):
@@ -169,14 +169,14 @@ class LowRank(LinearOperator):
         """These maps followed by others of this kind."""
         rank = max(self.rank, other.rank)
         both, paths = [one.padded(rank) for one in (self, other)], concatenate(self.path, other.path, backend)
-        left = backend.concat(_alike([_each(one.left, one) for one in both], 0))
-        right = backend.concat(_alike([_each(one.right, one) for one in both], 0))
+        left = backend.concat(alike([each(one.left, one.length) for one in both], 0))
+        right = backend.concat(alike([each(one.right, one.length) for one in both], 0))
         return LowRank(left, right, paths)
 
     def padded(self, rank: int) -> LowRank:
         """The same maps with factors of a higher rank, filled up with zeros."""
         more = rank - self.rank
-        return LowRank(_widened(self.left, more, -1), _widened(self.right, more, -2), self.path)
+        return LowRank(widened(self.left, more, -1), widened(self.right, more, -2), self.path)
 
 
 def stacked(maps: Sequence[LinearOperator], path: LinearOperator, like: Array, backend: Backend) -> LowRank:
@@ -185,7 +185,7 @@ def stacked(maps: Sequence[LinearOperator], path: LinearOperator, like: Array, b
     nothing = LowRank(*(backend.xp.broadcast_to(zero(like, backend), shape) for shape in ((d, 0), (0, d))))
     low = [one if isinstance(one, LowRank) else nothing for one in maps]
     wide = [one.padded(max(one.rank for one in low)) for one in low]
-    left, right = (backend.stack(_alike([getattr(one, side) for one in wide])) for side in ("left", "right"))
+    left, right = (backend.stack(alike([getattr(one, side) for one in wide])) for side in ("left", "right"))
     return LowRank(left, right, path)
 
 
@@ -212,64 +212,30 @@ def _check_states(a: LinearOperator, b: LinearOperator) -> None:
         raise TypeError(f"cannot compose {kinds}, one of which acts on pairs: give one same kind")
 
 
-def _check_axes(*factors: Array) -> None:
-    """Raise ValueError where one factor's axis of layers would meet another's axis of a batch."""
-    axes = {factor.ndim for factor in factors}
-    if any(2 < factor.ndim < max(axes) and len(factor) > 1 for factor in factors):
-        raise ValueError(f"factors with {min(axes)} and {max(axes)} axes do not add up; give all the axes of a batch")
-
-
 def _columns(maps: LinearOperator, factor: Array) -> Array:
     """``maps`` applied to each column of a factor (..., d, r)."""
-    columns = [_flat(maps.mv(_states(factor[..., j], maps)), maps) for j in range(factor.shape[-1])]
+    match maps:
+        case LowRank(left, right, path):
+            low = left @ (right @ factor)
+            return low if isinstance(path, Zero) else _columns(path, factor) + low
+        case Identity():
+            return factor
+        case Scalar(value):
+            return factor * lift(value, factor.ndim)
+        case Diagonal(values):
+            return values[..., None] * factor
+        case Pair(left, right):
+            pairs = factor.reshape((*factor.shape[:-2], 2, factor.shape[-2] // 2, factor.shape[-1]))
+            pulled = left[..., None] * (right[..., None] * pairs).sum(-3)[..., None, :, :]
+            return pulled.reshape((*pulled.shape[:-3], *factor.shape[-2:]))
+    columns = [maps.mv(factor[..., j]) for j in range(factor.shape[-1])]  # of a user's own kind
     return load(backend_of(factor)).backend.stack(columns, -1) if columns else factor
-
-
-def _beside(a: Array, b: Array, axis: int) -> Array:
-    """Two factors side by side along one of their last two axes."""
-    return load(backend_of(a)).backend.concat(_alike([a, b], axis), axis)
-
-
-def _alike(arrays: Sequence[Array], axis: int | None = None) -> list[Array]:
-    """Arrays broadcast against each other but for one axis."""
-    xp, sizes = load(backend_of(arrays[0])).backend.xp, zip_longest(*(x.shape[::-1] for x in arrays), fillvalue=1)
-    shape, found = [max(own) if all(own) else 0 for own in sizes][::-1], []
-    for x in arrays:
-        if axis is not None:
-            kept = axis if axis < 0 else axis - len(shape)
-            shape[kept] = x.shape[kept]
-        found.append(xp.broadcast_to(x, tuple(shape)))
-    return found
-
-
-def _widened(factor: Array, more: int, axis: int) -> Array:
-    """A factor with ranks of zeros behind its own."""
-    if not more:
-        return factor
-    backend = load(backend_of(factor)).backend
-    shape = list(factor.shape)
-    shape[axis] = more
-    return backend.concat([factor, backend.xp.broadcast_to(zero(factor, backend), tuple(shape))], axis)
-
-
-def _each(factor: Array, maps: LowRank) -> Array:
-    """A factor with an entry for each map."""
-    return load(backend_of(factor)).backend.xp.broadcast_to(factor, (maps.length, *factor.shape[1:]))
 
 
 def _capped(maps: LowRank) -> LowRank:
     """The same maps with d for their rank, where it is more."""
     if maps.rank <= maps.left.shape[-2]:
         return maps
-    eye = _eye(maps.left)
-    return replace(maps, left=maps.left @ maps.right, right=eye.reshape((1,) * (maps.left.ndim - 2) + tuple(eye.shape)))
-
-
-def _zeros(x: Array) -> Array:
-    return load(backend_of(x)).backend.zeros_like(x)
-
-
-def _eye(left: Array) -> Array:
-    """The identity of the states that a factor (..., d, r) acts on."""
-    row = left.sum(tuple(n for n in range(left.ndim) if n != left.ndim - 2))
-    return load(backend_of(left)).backend.xp.diag(_zeros(row) + 1)
+    whole = eye(maps.left)
+    right = whole.reshape((1,) * (maps.left.ndim - 2) + tuple(whole.shape))
+    return replace(maps, left=maps.left @ maps.right, right=right)

@@ -140,6 +140,16 @@ def test_factors_whose_axes_do_not_meet_do_not_add_up(rng):
     close((entries + one).mv(v), entries.mv(v) + one.mv(v))
 
 
+def test_directions_go_through_a_path_of_ones_own_kind(rng):
+    class Reversed(LinearOperator):
+        def mv(self, v):
+            return v[..., ::-1]
+
+    a, b = (LowRank(*rng.normal(size=(2, L, 3, 3))) for _ in range(2))
+    v = rng.normal(size=(L, 3))
+    close(((Reversed() + a) @ b).mv(v), b.mv(v)[..., ::-1] + a.mv(b.mv(v)))
+
+
 MATRIX = np.arange(9.0).reshape(3, 3) / 9
 SINGLE = {
     "identity": (Identity(), np.eye(3)),

@@ -55,7 +55,7 @@ class LinearOperator:
         if type(self).__module__ != __name__:  # ours are linear in their first array
             raise NotImplementedError(f"a {type(self).__name__} has no scaled(factor); define it")
         first, *others = self.arrays
-        return type(self)(*(first * _lift(factor, first.ndim), *others))
+        return type(self)(*(first * lift(factor, first.ndim), *others))
 
     def bind(self, length: int, like: Array, backend: Backend) -> LinearOperator:
         """This stack, checked against ``length`` states like ``like`` and aligned with them for broadcasting.
@@ -168,7 +168,7 @@ class Scalar(LinearOperator):
             raise TypeError(f"Scalar takes a number or an (L,) array, not a {type(self.value).__name__}")
 
     def mv(self, v: Array) -> Array:
-        return v * _lift(self.value, v.ndim) if hasattr(self.value, "shape") else v * self.value
+        return v * lift(self.value, v.ndim) if hasattr(self.value, "shape") else v * self.value
 
     def scaled(self, factor: Any) -> LinearOperator:
         return Scalar(self.value * factor)
@@ -262,6 +262,6 @@ def zero(like: Array, backend: Backend) -> Array:
     return backend.zeros_like(like.reshape(-1)[:1].sum())
 
 
-def _lift(factor: Any, ndim: int) -> Any:
+def lift(factor: Any, ndim: int) -> Any:
     """An (L,) array as (L, 1, ..., 1) with ``ndim`` axes; a number as it is."""
     return factor.reshape(tuple(factor.shape) + (1,) * (ndim - factor.ndim)) if hasattr(factor, "shape") else factor
