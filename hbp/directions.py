@@ -99,8 +99,9 @@ def directions(
         check_kind("start", start, Directions, "the directions of the weight before, or None")
         check_directions(weight, start, resolved)
     wide = resolved.widened(weight)
-    found = _automatic(wide, start, resolved) if rank == "auto" else _leading(wide, rank, rank, start, resolved)
-    return Directions(resolved.cast(found.left, weight), resolved.cast(found.right, weight), found.rank)
+    fixed = resolved.constant(wide)
+    right, taken = _automatic(fixed, start, resolved) if rank == "auto" else (_rows(fixed, rank, start, resolved), rank)
+    return Directions(resolved.cast(wide @ right.T, weight), resolved.cast(right, weight), taken)
 
 
 def check_directions(weight: Array, rank: Any, backend: Backend | str | None = None) -> Backend:
@@ -123,9 +124,9 @@ def check_directions(weight: Array, rank: Any, backend: Backend | str | None = N
     return resolved
 
 
-def check_known(weight: Array, rank: Rank, backend: Backend) -> None:
+def check_known(weight: Array, rank: Rank, backend: Any) -> None:
     """Raise TypeError where a weight's numbers, which "auto" needs, are not known yet."""
-    if rank == "auto" and not isinstance(backend.norm(weight), float):
+    if rank == "auto" and not isinstance(backend.norm(backend.constant(weight)), float):
         raise TypeError(
             "rank='auto' needs the weight's numbers; inside jax.jit give a number, or directions from outside"
         )
@@ -156,22 +157,16 @@ def above_edge(values: tuple[float, ...], total: float, shape: tuple[int, int]) 
     return rank
 
 
-def _automatic(weight: Array, start: Directions | None, backend: Any) -> Directions:
+def _automatic(weight: Array, start: Directions | None, backend: Any) -> tuple[Array, int]:
+    """The leading right singular directions, and how many of them are taken."""
     check_known(weight, "auto", backend)
     shape = (int(weight.shape[0]), int(weight.shape[1]))
-    size = min(shape)
-    found = _leading(weight, 0, len(start.right) if start is not None else size, start, backend)
-    rank = above_edge(found.values, backend.norm(weight) ** 2, shape)
-    if start is not None and rank == len(found.right) < size:
+    right = _rows(weight, len(start.right) if start is not None else min(shape), start, backend)
+    values = Directions(weight @ right.T, right, 0).values
+    rank = above_edge(values, backend.norm(weight) ** 2, shape)
+    if start is not None and rank == len(right) < min(shape):
         return _automatic(weight, None, backend)
-    count = min(rank + SPARE, len(found.right))
-    return Directions(found.left[:, :count], found.right[:count], rank)
-
-
-def _leading(weight: Array, rank: int, count: int, start: Directions | None, backend: Any) -> Directions:
-    """``count`` directions, of which ``rank`` are taken."""
-    right = _rows(backend.constant(weight), count, start, backend)
-    return Directions(weight @ right.T, right, rank)
+    return right[: rank + SPARE], rank
 
 
 def _rows(weight: Array, count: int, start: Directions | None, backend: Any) -> Array:

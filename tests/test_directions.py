@@ -131,6 +131,15 @@ def test_their_rows_are_constants_in_jax(rng: np.random.Generator) -> None:
             rows = hbp.directions(weight, 2, start).right
             np.testing.assert_allclose(jax.grad(loss)(weight), given @ rows, atol=1e-14)
 
+        def automatic(weight: Any) -> Any:
+            left, _ = hbp.directions(weight, "auto").taken
+            assert left.shape == (24, 1)
+            return left.sum()
+
+        strong = jax.numpy.asarray(with_values(rng, (24, 8), [4.0]))
+        rows = hbp.directions(strong, 1).right
+        np.testing.assert_allclose(jax.grad(automatic)(strong), np.ones((24, 1)) @ rows, atol=1e-12)
+
 
 @pytest.mark.parametrize(
     ("start", "error", "match"),
