@@ -8,7 +8,8 @@ from hbp.backends._surface import *
 from hbp.backends._surface import COMMON, bound
 from hbp.backends.jax.array import JaxBackend
 from hbp.backends.jax.diagnosis import diagnose
-from hbp.backends.jax.recurrent import gru, lstm, scan
+from hbp.backends.jax.gated import scan
+from hbp.backends.jax.recurrent import gru, lstm
 from hbp.backends.jax.sequential import sequential
 
 backend = JaxBackend()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ Maps: TypeAlias = Callable[[Tree, Tree, Array, Array], LinearOperator]
 """``maps(shared, rows, before, after)`` -> the residual maps of all layers."""
 Run: TypeAlias = Callable[[Layer, Tree, Tree, Array], tuple[Array, Array]]
 """``run(layer, shared, rows, x)`` -> the first state, and the states after each layer, (L, ...)."""
+
+Found = TypeVar("Found")
 
 BACKEND = JaxBackend()
 
@@ -138,15 +140,15 @@ class StagePullbacks(Pullbacks):
         return self.pull(zeros.at[i, -1].set(cotangent))[0][i]
 
 
-def of_each(one: Callable[[Tree, Tree, Array, Array], LinearOperator]) -> Maps:
-    """The residual maps of all layers, from a function that gives that of one."""
+def of_each(one: Callable[[Tree, Tree, Array, Array], Found]) -> Callable[[Tree, Tree, Array, Array], Found]:
+    """The residual maps of all layers, or what makes them up, from a function that gives that of one."""
     every = jax.vmap(one, (None, 0, 0, 0))
 
-    def maps(*given: Any) -> LinearOperator:
+    def all_of(*given: Any) -> Found:
         check_draws(jax.make_jaxpr(every)(*given))
         return every(*given)  # type: ignore[no-any-return]
 
-    return maps
+    return all_of
 
 
 def _stage(layer: Layer, shared: Tree, safe: Array, rows: tuple[Tree, Array | None], start: Array) -> Array:

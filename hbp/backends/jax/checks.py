@@ -22,15 +22,20 @@ def static_solver(solver: Solver | None, iterations: Any, chunk: Any, tolerance:
             not what its name says.
     """
     for name, value in {"iterations": iterations, "chunk": chunk, "tolerance": tolerance}.items():
-        if isinstance(value, jax.core.Tracer):
-            kind = "float" if name == "tolerance" else "int"
-            raise TypeError(f"{name} is traced; give a Python {kind}, as a static argument of jit, one per compilation")
+        check_static(name, value)
     if iterations is not ... and solver is not None:
         raise TypeError(f"solver={solver} is given beside iterations={iterations}; give one or the other")
     if iterations is ... and solver is None:
         raise TypeError("give iterations=k, or None for exact backprop, or solver=")
     chosen = None if iterations is ... else iterations
     return watched(Solver.of(solver, iterations=chosen, chunk=chunk, tolerance=tolerance).fixed())
+
+
+def check_static(name: str, value: Any) -> None:
+    """Check that a number is known when a program is compiled (TypeError)."""
+    if isinstance(value, jax.core.Tracer):
+        kind = "float" if name == "tolerance" else "int"
+        raise TypeError(f"{name} is traced; give a Python {kind}, as a static argument of jit, one per compilation")
 
 
 def check_function(what: str, function: Any, signature: str) -> None:
