@@ -105,6 +105,7 @@ def not_the_reference(library: Library, dtype: str = "float64") -> None:
 def test_cells(library: Library, cell: str, dtype: str, chunk: int, residual: str, rng: np.random.Generator) -> None:
     not_the_reference(library, dtype)
     options = [{"iterations": k, "chunk": chunk, "residual": RESIDUALS[residual]} for k in (None, 0, 1, 2, 4, STEPS)]
+    options += [{"iterations": 1, "chunk": chunk, "rank": 2}] if residual == "own" else []
     given = numbers(cell, rng)
     apart(cell, given, dtype, chunk, RESIDUALS[residual])
     run = compiled(library, lambda arrays: gradients(cell, arrays, options))  # all at once: one compilation
@@ -114,7 +115,8 @@ def test_cells(library: Library, cell: str, dtype: str, chunk: int, residual: st
 @both_cells
 def test_cells_without_jit(library: Library, cell: str, rng: np.random.Generator) -> None:
     not_the_reference(library)
-    given, options = numbers(cell, rng), [{"iterations": 1}, {"tolerance": 1e-2}]
+    given = numbers(cell, rng)
+    options = [{"iterations": 1}, {"tolerance": 1e-2}, {"iterations": 1, "rank": 2}, {"tolerance": 0.1, "rank": "auto"}]
     close(library, gradients(cell, library.tree(given), options), gradients(cell, given, options), "float64")
 
 
@@ -123,7 +125,7 @@ def test_cells_without_jit(library: Library, cell: str, rng: np.random.Generator
 def test_half_precision_stays(library: Library, cell: str, dtype: str, rng: np.random.Generator) -> None:
     if library.name in ("numpy", "cupy") and dtype == "bfloat16":
         pytest.skip(f"{library.name} has no bfloat16")
-    given, options = numbers(cell, rng), [{"iterations": 1, "chunk": 3}]
+    given, options = numbers(cell, rng), [{"iterations": 1, "chunk": 3}, {"iterations": 0, "rank": HIDDEN}]
     apart(cell, given, dtype, chunk=3)
     arrays = in_half(library, library.tree(given), dtype)
     actual = compiled(library, lambda arrays: gradients(cell, arrays, options))(arrays)
@@ -167,6 +169,14 @@ KINDS: dict[str, Callable[[Any], Any]] = {
             hbp.Dense(a["dense"][i]),
             hbp.Zero(),
         ][i]
+    ),
+    "directions": lambda a: hbp.Diagonal(a["diagonal"]) + hbp.LowRank(a["dense"][..., :2], a["dense"][:1, :2]),
+    "mixed directions": lambda a: (
+        lambda i, *_: (
+            (hbp.Diagonal(a["diagonal"][i]) + hbp.LowRank(a["dense"][i][:, :i], a["dense"][i][:i]))
+            if i % 2
+            else hbp.Identity()
+        )
     ),
     "mixed diagonal": lambda a: lambda i, *_: hbp.Diagonal(a["diagonal"][i]) if i % 2 else hbp.Scalar(0.5),
 }
@@ -217,7 +227,8 @@ def solutions(library: Library | None, kind: str, a: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [*((kind, "float64") for kind in KINDS), *((kind, "float32") for kind in ("number", "diagonal"))]
+    ("kind", "dtype"),
+    [*((kind, "float64") for kind in KINDS), *((kind, "float32") for kind in ("number", "diagonal", "directions"))],
 )
 def test_chains(library: Library, kind: str, dtype: str, rng: np.random.Generator) -> None:
     not_the_reference(library, dtype)
