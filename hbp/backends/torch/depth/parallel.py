@@ -48,7 +48,8 @@ class DepthParallel(Piece, nn.Module):
         chunk: layers per stage on this rank; None: all of them. A stage lies on one rank.
         residual, damping: as for `Sequential`, for this rank's layers.
         solver: iterations, chunk and tolerance in one `hbp.Solver`, instead, with its chunk.
-        exchange: `AllGather`, `HillisSteele` or `Transpose`; None: by the state's size and the number of ranks.
+        exchange: `AllGather`, `HillisSteele` or `Transpose`; None: by the state's size and the number of ranks. Maps
+            of low rank (`hbp.LowRank`) travel by `AllGather` alone.
         last_only: return the last state on the last rank only; the others get zeros of its shape, through which
             ``backward()`` must be called all the same, as by ``y.sum().backward()``.
 
