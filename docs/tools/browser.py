@@ -21,6 +21,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 SCHEMES = ("light", "dark")
 WIDTHS = (390, 1280)
+PATIENCE = 120_000
+"""Milliseconds, for machines that do other things too."""
 SMALLEST = 9
 """Pixels that letters of drawings and formulas are at least high."""
 MEASURED = """smallest => {
@@ -40,21 +42,22 @@ MEASURED = """smallest => {
 
 def main(site: Path, shots: Path) -> int:
     """Look at all pages; the number of faults is told, and whether there are any is the exit status."""
+    pages = sorted(set(site.rglob("*.html")) - {site / "404.html"})  # which servers show
+    if not pages:
+        raise SystemExit(f"{site} holds no pages; build them by nox -s docs")
     shots.mkdir(parents=True, exist_ok=True)
-    faults, count = [], 0
+    views, faults = list(product(pages, SCHEMES, WIDTHS)), []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=installed(), args=list(FLAGS))
-        for path in sorted(set(site.rglob("*.html")) - {site / "404.html"}):  # which servers show
-            name = path.relative_to(site).with_suffix("").as_posix().replace("/", "-")
-            for scheme, width in product(SCHEMES, WIDTHS):
+        try:
+            for path, scheme, width in views:
+                name = path.relative_to(site).with_suffix("").as_posix().replace("/", "-")
                 shot = shots / f"{name}-{scheme}-{width}.png"
-                faults += [
-                    f"{name}, {scheme}, {width}: {fault}" for fault in looked_at(browser, path, scheme, width, shot)
-                ]
-                count += 1
-        faults += searched(browser, site / "index.html", shots / "search.png")
-        browser.close()
-    print("\n".join([*faults, f"{count} views of {site}, {len(faults)} faults; screenshots in {shots}"]))
+                faults += [f"{shot.stem}: {fault}" for fault in looked_at(browser, path, scheme, width, shot)]
+            faults += searched(browser, site / "index.html", shots / "search.png")
+        finally:
+            browser.close()
+    print("\n".join([*faults, f"{len(views)} views of {site}, {len(faults)} faults; screenshots in {shots}"]))
     return bool(faults)
 
 
@@ -76,6 +79,7 @@ def looked_at(browser: Browser, path: Path, scheme: Any, width: int, shot: Path)
 def opened(browser: Browser, path: Path, scheme: Any, width: int) -> Iterator[tuple[Page, list[str]]]:
     """A page with a list of what goes wrong meanwhile."""
     page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+    page.set_default_timeout(PATIENCE)
     faults: list[str] = []
     page.on("console", lambda line: line.type in ("error", "warning") and faults.append(f"console: {line.text}"))
     page.on("pageerror", lambda error: faults.append(f"raises {error}"))
@@ -100,7 +104,7 @@ def searched(browser: Browser, path: Path, shot: Path) -> list[str]:
     page.click(".md-search__input")
     page.keyboard.type("suffix scan", delay=50)
     try:
-        page.wait_for_selector(".md-search-result__item", timeout=20_000)
+        page.wait_for_selector(".md-search-result__item")
     except Error as error:
         faults.append(f"the search finds nothing: {error}")
     page.screenshot(path=shot)
