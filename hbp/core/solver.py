@@ -46,9 +46,8 @@ class Solver:
         if self.tolerance is not None:
             real = isinstance(self.tolerance, Real) and not isinstance(self.tolerance, bool)  # type: ignore[unreachable]
             if not real or not 0 <= float(self.tolerance) <= 1:
-                raise ValueError(
-                    f"tolerance={self.tolerance!r}; give a non-negative number, at most 1, of the solution"
-                )
+                cure = "give a non-negative number, at most 1: a fraction of the solution"
+                raise ValueError(f"tolerance={self.tolerance!r}; {cure}")
             object.__setattr__(self, "tolerance", float(self.tolerance))
         check_kind("watch", self.watch, Callable | None, "a function that takes a Report, or None")
 

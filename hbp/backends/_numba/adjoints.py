@@ -174,7 +174,7 @@ def _back(
     most = max(SPAN // max(4 * size * batch, 1), 8) if how.solver.exact else length
     d = empty(carry, (min(most, length), batch, 4 * size))
     inputs, recurrent = empty(carry, params.weight_ih.shape), empty(carry, params.weight_hh.shape)
-    bias, dx = zeros(carry, (4 * size,)), empty(carry, x.shape) if with_inputs else None
+    bias, dx = zeros(carry, (4 * size,)), None
     for b in range(length, 0, -most):
         a = max(b - most, 0)
         own = d[: b - a]
@@ -190,7 +190,8 @@ def _back(
             add(inputs[gates], rows[:, part].T, given)
         add(recurrent, rows[:, columns.recurrent].T, before(a, b).reshape((len(rows), size)))
         bias += rows.sum(0)
-        if dx is not None:
+        if with_inputs:
+            dx = empty(carry, x.shape) if dx is None else dx  # not while rounds hold their arrays
             add = partial(_put, backend)
             for part, gates in columns.inputs:
                 add(dx[a:b].reshape(given.shape), rows[:, part], params.weight_ih[gates])
