@@ -274,3 +274,10 @@ def test_nothing_there(hub, task):
 def test_no_imagenet32(tmp_path):
     with pytest.raises(DataError, match=rf"^ImageNet32 is neither in {tmp_path}/imagenet32 nor .*image-net.org"):
         ImageNet32().load(tmp_path)
+
+
+def test_a_text_needs_a_stretch_and_one_more_symbol():
+    assert stretches(np.arange(9), 8).targets.tolist() == [[*range(1, 9)]]
+    for length in (0, 8):
+        with pytest.raises(DataError, match=rf"a text of {length} symbols has no stretch of 8 and one more"):
+            stretches(np.arange(length), 8)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.data.examples import Array, Data, Examples, Task
-from experiments.data.files import from_hub, kept
+from experiments.data.files import DataError, from_hub, kept
 
 PIECE = 10_000_000
 """Characters that are encoded at a time."""
@@ -58,6 +58,8 @@ class Text(Task):
 def stretches(symbols: Array, length: int) -> Examples:
     """Stretches of ``length`` symbols, each beside the same one symbol later."""
     count = (len(symbols) - 1) // length
+    if count < 1:
+        raise DataError(f"a text of {len(symbols)} symbols has no stretch of {length} and one more; give a longer one")
     inputs, targets = (symbols[i : i + count * length].reshape(count, length) for i in (0, 1))
     return Examples((inputs,), targets)
 

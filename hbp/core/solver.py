@@ -46,8 +46,7 @@ class Solver:
         if self.tolerance is not None:
             real = isinstance(self.tolerance, Real) and not isinstance(self.tolerance, bool)  # type: ignore[unreachable]
             if not real or not 0 <= float(self.tolerance) <= 1:
-                cure = "give a non-negative number, at most 1: a fraction of the solution"
-                raise ValueError(f"tolerance={self.tolerance!r}; {cure}")
+                raise ValueError(f"tolerance={self.tolerance!r}; give a non-negative number, at most 1")
             object.__setattr__(self, "tolerance", float(self.tolerance))
         check_kind("watch", self.watch, Callable | None, "a function that takes a Report, or None")
 
