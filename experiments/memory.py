@@ -78,9 +78,9 @@ def section(request: Request, records: Mapping[str, Record]) -> Section:
 TEXT = """M_h is the size of all hidden states h of the model, over all of its layers or steps. *Saved* is what lives
 between the passes beside parameters and inputs, the paper's M_cache; *peak* the growth of the memory in use at its
 largest in one step. The paper counts M_cache + 2 M_h for backprop (24) and M_cache + 4 M_h for Highway-BP (25), which
-keeps w^0 and the products of the scan. hbp computes gates again instead of saving them, needs no w^0 (its iteration
-is folded) and no products (its scan on a CPU is a loop in place), but holds the temporaries of all layers at once,
-which (25) does not count."""
+keeps w^0 and the products of the scan. hbp saves its gates too, unless told to compute them again (`keep="states"`),
+needs no w^0 (its iteration is folded) and no products (its scan on a CPU is a loop in place), but holds the temporaries
+of all layers at once, which (25) does not count."""
 
 
 def _exact(record: Record) -> Record:
