@@ -376,3 +376,41 @@ def test_bad_directions(name, k):
         jax.jit(lambda rank: run(rank=rank))(2)
     with pytest.raises(ValueError, match=r"right factor has shape \(1, 3\), expected \(1, 4\)"):
         hb.scan(own_cell, *own_problem()[:3], iterations=k, rank=given)
+
+
+def test_diagnosis_of_ranks(capsys):
+    """Errors against JAX's own exact gradient, spectra against NumPy's; a loss that drops the rank is told."""
+    weights = hbp.cells.GRUParameters(*arrays(3, (3 * H, I), (3 * H, H)))
+    params, xs = {"cell": weights, "head": jnp.ones(H)}, arrays(4, (T, B, I))[0]
+
+    def loss(params: Any, xs: Any, iterations: Any, chunk: int, rank: int) -> Any:
+        h = hb.gru(params["cell"], xs, jnp.zeros((B, H)), iterations=iterations, chunk=chunk, rank=rank)[1]
+        return jnp.square(h @ params["head"]).sum()
+
+    def flat(iterations: Any, rank: int) -> Any:
+        found = jax.grad(loss)(params, xs, iterations, 1, rank)
+        return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(found)])
+
+    found = hb.diagnose(loss, params, xs, iterations=(0, 1), ranks=(0, 2, H))
+    assert [(row.iterations, row.rank) for row in found.rows] == [(k, r) for r in (0, 2, H) for k in (0, 1)]
+    exact = flat(None, 0)
+    errors = [np.linalg.norm(flat(row.iterations, row.rank) - exact) / np.linalg.norm(exact) for row in found.rows]
+    np.testing.assert_allclose([row.overall.error for row in found.rows], errors, rtol=1e-6, atol=1e-9)
+    assert errors[4] < 1e-9 < errors[2] != errors[0]  # of full rank, the path is all there is
+    ((name, spectrum),) = found.spectra.items()
+    assert name == "['cell'].weight_hh"
+    np.testing.assert_allclose(spectrum.values, np.linalg.svd(weights.weight_hh, compute_uv=False))
+    assert f"{name}: {spectrum}" in capsys.readouterr().out
+    assert "does the loss hand rank on" not in found.advice
+
+    def dropping(*given: Any, rank: int, **how: Any) -> Any:
+        return loss(*given, **how, rank=0)
+
+    found = hb.diagnose(dropping, params, xs, iterations=(1,), ranks=(0, 2))
+    assert found.advice.endswith("no rank changed the gradient: does the loss hand rank on?")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
+        hb.diagnose(lambda params, xs, iterations, chunk: xs.sum(), params, xs, ranks=(2,))
+    for ranks, message in (((0, "auto"), "give hbp.directions"), ((-1,), "rank"), ((H + 1,), "more than a weight")):
+        with pytest.raises(ValueError, match=message):
+            hb.diagnose(loss, params, xs, iterations=(1,), ranks=ranks)
+    assert "exact" not in capsys.readouterr().out.rpartition("hand rank on?")[2]  # nothing was computed for these

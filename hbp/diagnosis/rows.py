@@ -119,7 +119,7 @@ class Diagnosis:
         """A sentence or more for people."""
         if not self._seen:
             return "no backward pass by Highway-BP was seen: does the loss hand iterations and chunk on?"
-        return "\n".join(filter(None, (self._advised(), self._diverging(), self._worsened())))
+        return "\n".join(filter(None, (self._advised(), self._diverging(), self._worsened(), self._unheeded())))
 
     def _advised(self) -> str:
         exact = f"{1e3 * self.exact.seconds:.3g} ms"
@@ -153,6 +153,12 @@ class Diagnosis:
         plain = next(row for row in self.rows if not row.rank and row.solver == worst.solver)
         errors = f"error {worst.overall.error:.2g} at {worst.setting}, {plain.overall.error:.2g} without"
         return f"rank {ranks} is worse than none at some settings ({errors}): too low a rank is; raise it, or take none"
+
+    def _unheeded(self) -> str:
+        alike = [(a, b) for a in self.rows for b in self.rows if a.rank and not b.rank and a.solver == b.solver]
+        if alike and all(a.overall == b.overall for a, b in alike):
+            return "no rank changed the gradient: does the loss hand rank on?"
+        return ""
 
     def _from(self, row: Row) -> list[Row]:
         """The row and those of its chunk and rank with larger k."""

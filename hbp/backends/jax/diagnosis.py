@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hbp.backends.jax.chains import Tree
+from hbp import cells
+from hbp.backends.jax.chains import BACKEND, Tree
 from hbp.backends.jax.watching import watching
 from hbp.core.backend import Array
 from hbp.core.increments import Report
 from hbp.core.registry import load
 from hbp.core.solver import Solver
-from hbp.diagnosis import Diagnosis, Settings, diagnosed
+from hbp.diagnosis import Diagnosis, Settings, Spectrum, diagnosed
 from hbp.directions import Rank
 
 
@@ -28,30 +29,36 @@ def diagnose(
     *,
     iterations: Sequence[int] = (0, 1, 2, 3, 5, 8),
     chunks: Sequence[int] = (1,),
+    ranks: Sequence[int] = (0,),
     target: float = 0.05,
     plot: str | Path | None = None,
 ) -> Diagnosis:
-    """Compare Highway-BP's gradient of one batch with the exact one, for several k and chunks.
+    """Compare Highway-BP's gradient of one batch with the exact one, for several k, chunks and ranks.
 
     Rows are printed as they come; each setting is compiled twice, once with and once without its increments watched.
-    Then all compiled settings are timed in turns, and the table is printed with the medians.
+    Then all compiled settings are timed in turns, and the table is printed with the medians, and with the spectra of
+    recurrent weights beside the flat edge that `hbp.directions` judges them by.
 
     Args:
         loss: ``loss(params, batch, iterations=k, chunk=S)``, a scalar, which hands k and S on to this library's
-            transforms.
+            transforms; where there are ranks, also ``rank=r``.
         params: a pytree; its top-level entries are the "layers" of the rows.
         batch: what the loss takes.
         iterations, chunks: the settings to try.
+        ranks: how many strong directions of recurrent weights, each with every k and chunk, as numbers: "auto" needs
+            the weights' own (``hbp.directions(weight, "auto").rank``), which a compiled loss does not know.
         target: the relative error of the gradient that is good enough.
         plot: a file for a picture.
 
     Returns:
         The figures: ``exact`` and ``rows``; ``within``, the rows within the target; ``recommended``, the fastest of
-        those and exact backprop, whose ``iterations`` and ``chunk`` are the setting; ``advice``.
+        those and exact backprop, whose ``iterations``, ``chunk`` and ``rank`` are the setting; ``worse``, the rows
+        whose rank is worse than none; ``spectra``, where there are ranks, of each `hbp.cells.GRUParameters` and
+        `hbp.cells.LSTMParameters` in params; ``advice``.
 
     Raises:
-        ValueError: the loss is no finite scalar, counts that are none, a target that is no number, or arrays of which
-            other processes hold a part.
+        TypeError, ValueError: the loss is no finite scalar, or takes no rank where there are ranks, counts or ranks
+            that are none, a target that is no number, or arrays of which other processes hold a part.
         ImportError, ValueError, OSError: the picture could not be drawn or written.
 
     >>> import hbp.backends.jax as hb
@@ -64,16 +71,28 @@ def diagnose(
     >>> [row.iterations for row in found.within], found.recommended.overall.error <= 0.05
     ([4], True)
     """
-    settings = Settings(iterations, chunks, target, plot)
+    settings = Settings(iterations, chunks, target, plot, ranks)
+    if "auto" in settings.ranks:
+        raise ValueError(
+            "ranks holds 'auto', which needs the weights' numbers; here each setting is compiled: give "
+            "hbp.directions(weight, 'auto').rank"
+        )
     _check_at_hand("params", params)
     _check_at_hand("batch", batch)
-    value = loss(params, batch, iterations=None, chunk=1)
+
+    def asked(solver: Solver, rank: Rank) -> dict[str, Any]:
+        given = {"iterations": solver.iterations, "chunk": solver.chunk}
+        return {**given, "rank": rank} if any(settings.ranks) else given
+
+    value = loss(params, batch, **asked(Solver(), 0))
     if jnp.shape(value) or not jnp.isfinite(value):
         raise ValueError(f"the loss is {value}; a diagnosis needs a finite scalar")
+    for rank in settings.ranks if any(settings.ranks) else ():  # one that is not taken is told before any work
+        jax.eval_shape(partial(loss, **asked(Solver(1), rank)), params, batch)
     programs: dict[tuple[Solver, Rank], Callable[..., Tree]] = {}
 
     def gradient(solver: Solver, rank: Rank) -> tuple[dict[str, list[Array]], dict[str, Report]]:
-        one = partial(loss, iterations=solver.iterations, chunk=solver.chunk)
+        one = partial(loss, **asked(solver, rank))
         programs[solver, rank] = jax.jit(jax.grad(one)).lower(params, batch).compile()  # outlives the caches
         reports = {} if solver.exact else _reports(one, params, batch)
         found: dict[str, list[Array]] = {}
@@ -87,8 +106,19 @@ def diagnose(
         jax.block_until_ready(programs[solver, rank](params, batch))
         return time.perf_counter() - start
 
+    spectra = _spectra(params) if any(settings.ranks) else {}
     # On the host, where comparing gradients compiles nothing.
-    return diagnosed(settings, load("numpy").backend, gradient, seconds)
+    return diagnosed(settings, load("numpy").backend, gradient, seconds, spectra)
+
+
+def _spectra(params: Tree) -> dict[str, Spectrum]:
+    """Of the recurrent weights of the cells inside of params, by their place."""
+    kinds, found = (cells.GRUParameters, cells.LSTMParameters), {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda part: isinstance(part, kinds)):
+        if isinstance(leaf, kinds):
+            values = jnp.linalg.svd(BACKEND.widened(leaf.weight_hh), compute_uv=False).tolist()
+            found[f"{jax.tree_util.keystr(path)}.weight_hh"] = Spectrum(tuple(values), leaf.weight_hh.shape)
+    return found
 
 
 def _check_at_hand(name: str, tree: Tree) -> None:
