@@ -96,6 +96,9 @@ def _steps(libraries: Sequence[str]) -> Iterator[Timing]:
 def _line(row: Timing) -> str:
     stack = row.task == "stack"
     rows, width = ("numbers in a state", "parameters a layer") if stack else ("B", "H")
-    times = ", ".join(f"{way} {1e6 * seconds:.3g}" for way, seconds in row.seconds.items())
+    times = ", ".join(
+        f"{way} {1e6 * seconds:.3g}" + (f" and {1e6 * row.once[way]:.3g} once" if way in row.once else "")
+        for way, seconds in row.seconds.items()
+    )
     what = f"{row.task} ({row.library}), {rows} = {row.rows}, {width} = {row.width}"
     return f"{what}: {row.best(tuple(row.seconds))} ({times} us a {'layer' if stack else 'step'})"

@@ -62,6 +62,23 @@ def test_the_first_way_stays_where_another_saves_next_to_nothing():
             assert fastest("gru forward", "numpy", 1, 32, ("loop", "calls")) == way
 
 
+def test_what_a_call_costs_beside_its_steps_counts_the_more_the_fewer_they_are():
+    """1 + 10 / T against 2 a step: alike at T = 10, and 5 % less from T = 1 / (0.9 / 10) = 11.1 on."""
+    row = Timing("lstm step", "torch", 1, 32, {"library": 2.0, "compiled": 1.0}, {"library": 0.0, "compiled": 10.0})
+    with given(Timings("made up", (row,))):
+        for steps, way in ((1, "library"), (11, "library"), (12, "compiled"), (1000, "compiled")):
+            found, why = _tuning.explained("lstm step", "torch", 1, 32, ("library", "compiled"), steps)
+            assert (found, f"T = {steps}: library 2e+06" in why) == (way, True)
+        assert fastest("lstm step", "torch", 1, 32, ("library", "compiled")) == "compiled"
+
+
+def test_a_call_and_its_steps_are_told_apart(monkeypatch):
+    """On a clock of our own: 3 + 2 a step, 21 steps; and a run that does not grow with its steps."""
+    monkeypatch.setattr(_timing, "shortest", lambda runs, steps: {name: run() for name, run in runs.items()})
+    found = _timing.apart({"a": lambda: 45, "b": lambda: 7}, {"a": lambda: 5, "b": lambda: 7}, 21)
+    assert found == ({"a": 2, "b": 7 / 21}, {"a": 3, "b": 7 - 7 / 21})
+
+
 def test_a_way_can_be_pinned_where_there_is_it():
     with given(table(SMALL)), pinned({"gru forward": "calls"}):
         assert fastest("gru forward", "numpy", 1, 32, ("loop", "calls")) == "calls"
@@ -99,6 +116,8 @@ def test_the_table_shipped_knows_every_task():
     "text", ["", "[]", "{}", '{"rows": [{"task": 1}]}',
              json.dumps({"rows": [{"task": "t", "library": "l", "rows": 0, "width": 1, "seconds": {"a": 1}}]}),
              json.dumps({"rows": [{"task": "t", "library": "l", "rows": 1, "width": 1, "seconds": {}}]}),
+             json.dumps({"rows": [{"task": "t", "library": "l", "rows": 1, "width": 1, "seconds": {"a": 1},
+                                   "once": {"a": -1}}]}),
              json.dumps({"rows": [{"task": "", "library": "", "rows": 1, "width": 1, "seconds": {"a": 1, "b": nan}}]})],
 )  # fmt: skip
 def test_a_file_that_is_none_is_told_and_can_be_left_behind(text, capsys):

@@ -23,6 +23,15 @@ def steps_of(batch: int, hidden: int) -> int:
     return int(max(16, min(512, WORK / (batch * hidden * hidden))))
 
 
+def apart(
+    runs: dict[str, Callable[[], Any]], single: dict[str, Callable[[], Any]], steps: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The seconds of each step of runs of so many, and of each call beside, from runs of a ``single`` step."""
+    whole, one = shortest(runs, 1), shortest(single, 1)
+    each = {name: max(whole[name] - one[name], 0.0) / (steps - 1) or whole[name] / steps for name in runs}
+    return each, {name: max(one[name] - each[name], 0.0) for name in runs}
+
+
 def shortest(runs: dict[str, Callable[[], Any]], steps: int) -> dict[str, float]:
     """The seconds of a step of each run: the shortest of interleaved repeats, as whatever disturbs a run lengthens it.
 

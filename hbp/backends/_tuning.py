@@ -8,16 +8,16 @@ or is "shipped".
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from errno import EISDIR
 from functools import cache, lru_cache
-from math import hypot, log
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import MappingProxyType
@@ -44,12 +44,18 @@ class Timing:
     """The hidden size; of a stack, a layer's parameters."""
     seconds: Mapping[str, float]
     """By the way: those of one step, in float32."""
+    once: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of each call beside its steps', by the way, where they are known apart."""
 
-    def best(self, among: tuple[str, ...]) -> str:
+    def per_step(self, way: str, steps: float = math.inf) -> float:
+        """The seconds of each of so many steps."""
+        return self.seconds[way] + self.once.get(way, 0.0) / max(steps, 1)
+
+    def best(self, among: tuple[str, ...], steps: float = math.inf) -> str:
         """The fastest of those of some ways that were measured, where it saves enough; else the first of them."""
-        known = [way for way in among if way in self.seconds]
-        way = min(known, key=self.seconds.__getitem__)
-        return way if self.seconds[way] < MARGIN * self.seconds[known[0]] else known[0]
+        times = {way: self.per_step(way, steps) for way in among if way in self.seconds}
+        first, way = next(iter(times)), min(times, key=times.__getitem__)
+        return way if times[way] < MARGIN * times[first] else first
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Timings:
         """The times at the size nearest to this one, by its ratios; None where the task was not measured."""
 
         def distance(row: Timing) -> float:
-            return hypot(log(row.rows / max(rows, 1)), log(row.width / max(width, 1)))
+            return math.hypot(math.log(row.rows / max(rows, 1)), math.log(row.width / max(width, 1)))
 
         return min((row for row in self.rows if (row.task, row.library) == (task, library)), key=distance, default=None)
 
@@ -87,25 +93,28 @@ def pinned(ways: Mapping[str, str]) -> Iterator[None]:
         _pinned.reset(token)
 
 
-def fastest(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> str:
-    """The fastest of some ways at the nearest size measured; the first of them where none was."""
-    return explained(task, library, rows, width, among)[0]
+def fastest(task: str, library: str, rows: int, width: int, among: tuple[str, ...], steps: float = math.inf) -> str:
+    """The fastest of some ways, in calls of so many steps, at the nearest size measured; the first where none was."""
+    return explained(task, library, rows, width, among, steps)[0]
 
 
-def explained(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> tuple[str, str]:
+def explained(
+    task: str, library: str, rows: int, width: int, among: tuple[str, ...], steps: float = math.inf
+) -> tuple[str, str]:
     """As `fastest`, with the reason."""
     way = _pinned.get().get(task)
-    return (way, "pinned") if way is not None and way in among else _explained(task, library, rows, width, among)
+    return (way, "pinned") if way is not None and way in among else _explained(task, library, rows, width, among, steps)
 
 
 @lru_cache(4096)
-def _explained(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> tuple[str, str]:
+def _explained(task: str, library: str, rows: int, width: int, among: tuple[str, ...], steps: float) -> tuple[str, str]:
     row = timings().nearest(task, library, rows, width)
     if row is None or row.seconds.keys().isdisjoint(among):
         return among[0], "nothing was measured"
-    times = ", ".join(f"{way} {1e6 * row.seconds[way]:.3g}" for way in among if way in row.seconds)
+    times = ", ".join(f"{way} {1e6 * row.per_step(way, steps):.3g}" for way in among if way in row.seconds)
     where = f"B = {row.rows}, H = {row.width}, the nearest size measured"
-    return row.best(among), f"microseconds a step at {where}: {times}; {timings().source}"
+    where = f"{where}, T = {steps}" if math.isfinite(steps) else where
+    return row.best(among, steps), f"microseconds a step at {where}: {times}; {timings().source}"
 
 
 _given: list[Timings] = []
@@ -162,7 +171,12 @@ def read(path: Path) -> Timings:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         rows = tuple(Timing(**row) for row in found["rows"])
-        sound = all(row.seconds and all(n > 0 for n in (row.rows, row.width, *row.seconds.values())) for row in rows)
+        sound = all(
+            row.seconds
+            and all(n > 0 for n in (row.rows, row.width, *row.seconds.values()))
+            and all(n >= 0 for n in row.once.values())
+            for row in rows
+        )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no file of hbp tune ({error}); delete it, or run hbp tune again") from error
     except OSError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hbp.backends._timing import SIZES, STACKS, in_ways, shortest, steps_of
+from hbp.backends._timing import SIZES, STACKS, apart, in_ways, shortest, steps_of
 from hbp.backends._tuning import Timing
 from hbp.backends.torch.recurrent.adjoint import BACKEND
 from hbp.backends.torch.recurrent.choice import WAYS
@@ -27,8 +27,9 @@ def steps() -> Iterator[Timing]:
             layer = kind(hidden, hidden)
             ways = list(WAYS) if BACKEND.compiled(layer.mode, (x, *layer.parameters())) else ["library", "adjoint"]
             library = "torch" if "compiled" in ways else "torch, plain"
-            runs = {way: _step(kind, way, layer, x) for way in ways}
-            yield Timing(f"{layer.mode.lower()} step", library, batch, hidden, shortest(runs, len(x)))
+            first = x[:1].detach().requires_grad_()
+            runs, single = ({way: _step(kind, way, layer, data) for way in ways} for data in (x, first))
+            yield Timing(f"{layer.mode.lower()} step", library, batch, hidden, *apart(runs, single, len(x)))
 
 
 def _step(kind: Any, way: str, like: Any, x: torch.Tensor) -> Callable[[], Any]:

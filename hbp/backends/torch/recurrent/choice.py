@@ -37,12 +37,16 @@ class Path:
 
 
 def choose(
-    mode: str, data: Tensor, batch: int, hidden: int, compiled: bool, options: tuple[bool | None, Exact | None, bool]
+    mode: str,
+    data: Tensor,
+    size: tuple[int, int, int],
+    compiled: bool,
+    options: tuple[bool | None, Exact | None, bool],
 ) -> Path:
     """The path of a "GRU" or an "LSTM".
 
     Args:
-        mode, data, batch, hidden: the layer's and its input's.
+        mode, data, size: the layer's and its input's: steps, batch and hidden size.
         compiled: whether there is a compiled forward for these.
         options: the layer's ``compiled``, its ``exact``, not "library", and whether the backward is exact.
     """
@@ -56,8 +60,9 @@ def choose(
         return _path(ways[0], is_exact, why)
     if data.device.type != "cpu":
         return _path("library", is_exact, f"on {data.device} the library's own is taken")
-    task, library = f"{mode.lower()} step", "torch" if BACKEND.adjoint_compiled(mode, data) else "torch, plain"
-    way, why = _tuning.explained(task, library, batch, hidden, tuple(ways))
+    library = "torch" if compiled or BACKEND.adjoint_compiled(mode, data) else "torch, plain"
+    steps, batch, hidden = size
+    way, why = _tuning.explained(f"{mode.lower()} step", library, batch, hidden, tuple(ways), steps)
     return _path(way, is_exact, why)
 
 

@@ -124,10 +124,14 @@ class _Recurrent(Ranked, torch.nn.RNNBase):
 
     @opaque  # a compiler sees no table of times
     def _chosen(self, input: Any, data: Tensor, is_exact: bool, tensors: tuple[Tensor, ...]) -> Path:  # noqa: A002
-        packed = isinstance(input, PackedSequence)
-        batch = int(input.batch_sizes[0]) if packed else 1 if data.dim() < 3 else data.shape[1 - self.batch_first]
+        if isinstance(input, PackedSequence):
+            steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+        else:
+            single, time = data.dim() < 3, int(self.batch_first and data.dim() == 3)
+            steps, batch = data.shape[time] if data.dim() else 0, 1 if single else data.shape[1 - time]
         compiled = bool(data.numel()) and self.compiled is not False and BACKEND.compiled(self.mode, tensors)
-        return choose(self.mode, data, batch, self.hidden_size, compiled, (self.compiled, self.exact, is_exact))
+        size = (steps, batch, self.hidden_size)
+        return choose(self.mode, data, size, compiled, (self.compiled, self.exact, is_exact))
 
     def extra_repr(self) -> str:
         own = f", solver={self.solver}"
@@ -206,10 +210,11 @@ class _Recurrent(Ranked, torch.nn.RNNBase):
             weights = self._flat_weights[layer * count : (layer + 1) * count]
             own = tuple(state[layer * directions : (layer + 1) * directions] for state in states)
             run = RecurrentLayer.apply if torch.is_grad_enabled() else without_gradient
-            followed = self.followed[layer * directions : (layer + 1) * directions]
-            x, *final = run(replace(options, followed=followed), sequence.batch_sizes, x, *own, *weights)
+            if self.followed:
+                options = replace(options, followed=self.followed[layer * directions : (layer + 1) * directions])
+            x, *final = run(options, sequence.batch_sizes, x, *own, *weights)
             finals.append(final)
-        return x, tuple(torch.cat(state) for state in zip(*finals, strict=True))
+        return x, tuple(state[0] if len(state) == 1 else torch.cat(state) for state in zip(*finals, strict=True))
 
 
 class GRU(_Recurrent, torch.nn.GRU):
