@@ -202,8 +202,14 @@ class GRUPullback:
         """
         check_cotangent("dh", dh, self.h, self.backend)
         solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch)
-        arrays = (self.h, self.x, self.h0, dh, *self.params)
         split = own_split(solver, residual, rank, self.params.weight_hh, self.backend)
+        return self.pull(dh, solver, split, with_inputs)
+
+    def pull(
+        self, dh: Array, solver: Solver, split: LinearOperator | Directions | None, with_inputs: bool = True
+    ) -> tuple[GRUParameters, Array | None, Array]:
+        """What a call returns, of arguments known to be sound: the split is another path, or directions beside it."""
+        arrays = (self.h, self.x, self.h0, dh, *self.params)
         whole, rounds = own_code("gru", solver, split, self.backend, arrays)
         if whole is not None:
             return whole(self, dh, with_inputs)

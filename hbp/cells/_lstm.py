@@ -241,8 +241,19 @@ class LSTMPullback:
         if dc is not None:
             check_cotangent("dc", dc, self.states[0], self.backend)
         solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch)
-        arrays = (*self.states, self.x, *self.initial, dh, dc, *self.params)
         split = own_split(solver, residual, rank, self.params.weight_hh, self.backend)
+        return self.pull((dh, dc), solver, split, with_inputs)
+
+    def pull(
+        self,
+        dstates: tuple[Array, Array | None],
+        solver: Solver,
+        split: LinearOperator | Directions | None,
+        with_inputs: bool = True,
+    ) -> tuple[LSTMParameters, Array | None, tuple[Array, Array]]:
+        """As `GRUPullback.pull`."""
+        dh, dc = dstates
+        arrays = (*self.states, self.x, *self.initial, dh, dc, *self.params)
         whole, rounds = own_code("lstm", solver, split, self.backend, arrays)
         if whole is not None:
             return whole(self, dstates, with_inputs)

@@ -76,7 +76,7 @@ def backend_of(*arrays: Array) -> str:
     """
     if not arrays:
         raise TypeError("backend_of needs at least one array")
-    names = {_owner(array): array for array in arrays}
+    names = {_owner(array) for array in {type(array): array for array in arrays}.values()}
     if len(names) > 1:
         raise TypeError(f"the arrays belong to several libraries: {sorted(names)}; nothing is converted, give one kind")
     return next(iter(names))

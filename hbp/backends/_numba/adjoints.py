@@ -15,11 +15,11 @@ from typing import Any, cast
 import numpy as np
 
 from hbp.backends._numba import loops
-from hbp.backends._numba.arrays import before, empty, gru_bias, in_loop, lstm_bias, matrix, rows_of, zeros
+from hbp.backends._numba.arrays import empty, gru_bias, in_loop, lstm_bias, matrix, rows_of, zeros
 from hbp.backends._numba.compile import Threads, as_numpy, own_threads
 from hbp.backends._numba.passes import Loop, Span
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
-from hbp.cells._common import matmul
+from hbp.cells._common import matmul, previous
 from hbp.core.backend import Array
 from hbp.core.solver import Solver
 from hbp.directions import Directions
@@ -63,13 +63,11 @@ def gru_adjoint(
     size, weight = h.shape[-1], matrix(params.weight_hh)
     carry = zeros(pullback.h0, pullback.h0.shape)
 
-    def states(a: int, b: int) -> Array:
-        return before(pullback.h0, h, a, b, pullback.backend)
-
     def gates(a: int, b: int, d: Array) -> tuple[Array, ...]:
         if pullback.gates is not None:
             return tuple(kept[a:b] for kept in pullback.gates)
-        return _gru_gates(pullback, pullback.x[a:b], states(a, b), d, threads)
+        states = h[a - 1 : b - 1] if a else previous(pullback.h0, h[:b], pullback.backend)
+        return _gru_gates(pullback, pullback.x[a:b], states, d, threads)
 
     def steps(a: int, b: int, d: Array, pulled: Array) -> Loop:
         arrays = (*gates(a, b, d), h[a - 1] if a else pullback.h0, h[a:b], dh[a:b], pulled, carry, d)
@@ -78,7 +76,7 @@ def gru_adjoint(
     # the cotangents come as those of n, r, z and the candidate's recurrent part
     inputs = (slice(size, 3 * size), slice(0, 2 * size)), (slice(0, size), slice(2 * size, 3 * size))
     columns, how = Columns(inputs, slice(size, 4 * size)), How(solver, directions, [dh], threads)
-    weights, recurrent, bias, dx = _back(pullback, states, steps, [carry], columns, with_inputs, how)
+    weights, recurrent, bias, dx = _back(pullback, (pullback.h0, h), steps, [carry], columns, with_inputs, how)
     given = params.bias_ih, params.bias_hh
     by_gate = pullback.backend.concat([bias[size : 3 * size], bias[:size]])
     biases = [None if own is None else part for own, part in zip(given, (by_gate, bias[size:]), strict=True)]
@@ -108,13 +106,9 @@ def lstm_adjoint(
     """``pullback(dstates, solver=solver, rank=directions)`` for float32 or float64; dx None if unwanted."""
     params, (h0, c0), threads = pullback.params, pullback.initial, threads or own_threads()
     (h, c), size, weight = pullback.states, h0.shape[-1], matrix(params.weight_hh)
-
-    def states(a: int, b: int) -> Array:
-        return before(h0, h, a, b, pullback.backend)
-
     gates = pullback.gates
     if gates is None:
-        gates = _lstm_gates(pullback, states(0, len(h)), threads)
+        gates = _lstm_gates(pullback, previous(h0, h, pullback.backend), threads)
     if c is None:
         c = empty(h, h.shape)
         memory = partial(loops.lstm_memory(weight.dtype), *map(as_numpy, (gates, c0, c)))
@@ -128,7 +122,7 @@ def lstm_adjoint(
 
     every = slice(0, 4 * size)
     columns, how = Columns(((every, every),), every), How(solver, directions, [dh, dc], threads)
-    weights, recurrent, bias, dx = _back(pullback, states, steps, carries, columns, with_inputs, how)
+    weights, recurrent, bias, dx = _back(pullback, (h0, h), steps, carries, columns, with_inputs, how)
     given = (params.bias_ih, bias), (params.bias_hh, pullback.backend.concat([bias]))  # apart: they may be written into
     biases = [None if own is None else part for own, part in given]
     return LSTMParameters(weights, recurrent, *biases), dx, carries
@@ -148,7 +142,7 @@ def _lstm_gates(pullback: LSTMPullback, before: Array, threads: Threads) -> Arra
 
 def _back(
     pullback: Any,
-    before: Callable[[int, int], Array],
+    states: tuple[Array, Array],
     steps: Callable[[int, int, Array, Array], Loop],
     carries: Sequence[Array],
     columns: Columns,
@@ -159,7 +153,7 @@ def _back(
 
     Args:
         pullback: the cell's.
-        before: the states before each of the steps from a to b.
+        states: h, the initial ones and all others.
         steps: the loop over these, given where ``d`` goes, the cotangents of the pre-activations, (b - a, B, 4H), and
             what was pulled back.
         carries: the cotangents that leave a step, zeros; the first gets the products with the weights.
@@ -167,7 +161,7 @@ def _back(
         with_inputs: whether dx is wanted.
         how: exact, in spans of time, or in rounds over all steps at once.
     """
-    x, params, backend = pullback.x, pullback.params, pullback.backend
+    x, params, backend, (h0, h) = pullback.x, pullback.params, pullback.backend, states
     carry, length = carries[0], len(x)
     batch, size = carry.shape
     looped = in_loop(f"{'gru' if isinstance(pullback, GRUPullback) else 'lstm'} backward", backend, batch, size)
@@ -188,7 +182,11 @@ def _back(
         given = x[a:b].reshape((len(rows), x.shape[-1]))
         for part, gates in columns.inputs:
             add(inputs[gates], rows[:, part].T, given)
-        add(recurrent, rows[:, columns.recurrent].T, before(a, b).reshape((len(rows), size)))
+        first = 0 if a else batch  # the rows whose states lie apart
+        by_state = rows[:, columns.recurrent]
+        add(recurrent, by_state[first:].T, h[max(a - 1, 0) : b - 1].reshape((len(rows) - first, size)))
+        if first:
+            backend.add_product(recurrent, by_state[:first].T, h0)
         bias += rows.sum(0)
         if with_inputs:
             dx = empty(carry, x.shape) if dx is None else dx  # not while rounds hold their arrays

@@ -10,7 +10,6 @@ import numpy as np
 from hbp.backends._numba.compile import as_numpy
 from hbp.backends._tuning import fastest
 from hbp.cells import GRUParameters, LSTMParameters
-from hbp.cells._common import previous
 from hbp.core.backend import Array
 
 
@@ -36,11 +35,6 @@ def lstm_bias(params: LSTMParameters, dtype: Any) -> np.ndarray:
 
 def _bias(bias: Array | None, size: int, dtype: Any) -> np.ndarray:
     return np.zeros(size, dtype) if bias is None else as_numpy(bias)
-
-
-def before(h0: Array, h: Array, a: int, b: int, backend: Any) -> Array:
-    """The states before the steps from a to b, (b - a, B, H)."""
-    return h[a - 1 : b - 1] if a else previous(h0, h[:b], backend)
 
 
 def empty(like: Array, shape: tuple[int, ...]) -> Array:

@@ -28,7 +28,7 @@ SMALL = 1 << 18
 
 def as_numpy(array: Any) -> np.ndarray:
     """A NumPy array, or a PyTorch tensor on a CPU, as a NumPy array on the same memory."""
-    return np.asarray(array.detach().resolve_neg() if hasattr(array, "detach") else array)
+    return array.detach().resolve_neg().numpy() if hasattr(array, "detach") else np.asarray(array)
 
 
 def reads(axes: int) -> Argument:

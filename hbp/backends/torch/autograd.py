@@ -117,7 +117,8 @@ def autocast_of(x: Tensor) -> tuple[Callable[[], AbstractContextManager[Any]], t
 
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
     """A context in which nothing on a device of this kind is cast."""
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def write_counter(x: Tensor) -> Tensor:

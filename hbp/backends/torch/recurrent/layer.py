@@ -105,6 +105,7 @@ class RecurrentLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, batch_sizes: Tensor | None, x: Tensor, *tensors: Tensor) -> Any:
         """Run the layer and keep what the pullback needs."""
+        ctx.set_materialize_grads(False)  # where no loss sees the final states, no cotangents of theirs are made
         ctx.options, ctx.count, ctx.given = options, 2 if options.forward.lstm else 1, len(tensors)
         outputs = options.forward(x, batch_sizes, tensors[: ctx.count], tensors[ctx.count :])
         outputs, kept = outputs[: 1 + ctx.count], outputs[1 + ctx.count :]
@@ -115,11 +116,13 @@ class RecurrentLayer(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *dfinals: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *dfinals: Tensor | None) -> tuple[Any, ...]:
         """The gradients of x, of the initial states and of the weights."""
-        refuse_second_derivatives('iterations=None, exact="library"', dy, *dfinals)
+        cotangents = (tensor for tensor in (dy, *dfinals) if tensor is not None)
+        refuse_second_derivatives('iterations=None, exact="library"', *cotangents)
         batch_sizes, x, y, *rest = ctx.saved_tensors
         rest, kept = rest[: ctx.given], rest[ctx.given :]
+        dy = torch.zeros_like(y) if dy is None else dy
         given = (x, *rest)
         if ctx.writes._version != ctx.written:
             with ctx.autocast():
@@ -134,7 +137,7 @@ class RecurrentLayer(torch.autograd.Function):
         for d in range(directions):
             own, initial = weights[d * count : (d + 1) * count], [state[d] for state in states]
             with without_autocast(dy.device.type):  # the dtype was chosen above
-                seen = _seen(d, sequences, dfinals, lengths)
+                seen = _seen(d, own[1].shape[1], sequences, dfinals, lengths)
                 part = kept[d * len(kept) // directions : (d + 1) * len(kept) // directions]
                 found, back, first = _pull(ctx.options, d, own, initial, *seen, part, ctx.needs_input_grad[2])
             if back is not None:
@@ -155,15 +158,16 @@ def without_gradient(options: Options, batch_sizes: Tensor | None, x: Tensor, *t
 
 
 def _seen(
-    d: int, sequences: tuple[Tensor, ...], dfinals: tuple[Tensor, ...], lengths: Tensor | None
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """What direction d sees, in its own order: inputs, states, and the cotangents of h (and c) at all steps."""
+    d: int, hidden: int, sequences: tuple[Tensor, ...], dfinals: tuple[Tensor | None, ...], lengths: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """What direction d sees, in its own order: inputs, states, and the cotangents of h (and c) at all steps, if any."""
     x, y, dy = sequences
-    hidden = dfinals[0].shape[-1]
     own = slice(d * hidden, (d + 1) * hidden)
     dh = _turned(dy[..., own], d, lengths)
     cotangents = [
-        _with_final(dh if n == 0 else torch.zeros_like(dh), final[d].to(dh.dtype), lengths)
+        (None if n else dh)
+        if final is None
+        else _with_final(torch.zeros_like(dh) if n else dh, final[d].to(dh.dtype), lengths)
         for n, final in enumerate(dfinals)
     ]
     return _turned(x, d, lengths), _turned(y[..., own], d, lengths), cotangents
@@ -176,23 +180,24 @@ def _pull(
     states: list[Tensor],
     x: Tensor,
     h: Tensor,
-    cotangents: list[Tensor],
+    cotangents: list[Tensor | None],
     kept: Sequence[Tensor],
     with_inputs: bool,
 ) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
     """Direction d by its cell's pullback: gradients of the weights, perhaps the inputs, and the initial states."""
     pullback: Any
+    given: Any
     if options.forward.lstm:
         c, gates = kept or (None, None)
         pullback = LSTMPullback(LSTMParameters(*weights), x, (states[0], states[1]), (h, c), BACKEND, gates)
-        given: Any = (cotangents[0], cotangents[1])
+        given = cotangents[0], cotangents[1]
     else:
         pullback = GRUPullback(GRUParameters(*weights), x, states[0], h, BACKEND, tuple(kept) or None)
         given = cotangents[0]
-    split: dict[str, Any] = {}
+    split: Any = None
     if not options.solver.exact:  # which is exact under any split
-        split = {"rank": options.followed[d](weights[1])} if options.followed else {"residual": options.residual}
-    dparams, dx, initial = pullback(given, solver=options.solver, with_inputs=with_inputs, **split)
+        split = options.followed[d](weights[1]) if options.followed else options.residual
+    dparams, dx, initial = pullback.pull(given, options.solver, split, with_inputs)
     return [d for d in dparams if d is not None], dx, initial if options.forward.lstm else (initial,)
 
 
