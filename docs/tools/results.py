@@ -18,6 +18,7 @@ TITLES = {
     "cpu/stack": "Stacks of residual layers",
     "cpu/memory": "Memory",
     "cpu/cosines": "Cosines against k, early and late in training",
+    "cpu/rank": "Strong directions: backward passes at H = 1024",
     "cpu/depth": "Layers on two and four ranks",
 }
 """Other pages are called as their files are, or name themselves."""
