@@ -18,7 +18,14 @@ RANK = Backward("highway", CAP, tolerance=0.1, rank=8)
 AUTO = Backward("highway", CAP, tolerance=0.1, rank="auto")
 METHODS = (EXACT, GATE, CHUNK, RANK, AUTO)
 SHORT = (EXACT, GATE, RANK, AUTO)
-TASKS = {"pixels": METHODS, "adding-200": METHODS, "pixels-lstm": SHORT, "adding-200-lstm": SHORT}
+TASKS = {
+    "pixels": METHODS,
+    "pixels-lstm": SHORT,
+    "pixels-256": SHORT,
+    "pixels-lstm-256": SHORT,
+    "adding-200": METHODS,
+    "adding-200-lstm": SHORT,
+}
 """Of each task its methods; chunks, slow on an LSTM here, on the GRU alone."""
 
 

@@ -52,6 +52,16 @@ def test_gradients_are_exact_from_the_number_of_layers_on(sizes, shape, length, 
     assert errors[2] > errors[1]
 
 
+def test_an_lstm_may_start_out_to_remember():
+    """As in PyTorch: for 2 to T steps, evenly."""
+    params = build(RecurrentClassifier("lstm", 2, 1, 400, remembers=50), "jax").init(0)
+    enters, forgets = params["layers"][0]["bias_ih"][:800].reshape(2, 400)
+    kept = 1 / (1 - jax.nn.sigmoid(forgets))
+    assert 2 <= kept.min() < 4 < 48 < kept.max() <= 50.001
+    assert abs(kept.mean() - 26) < 3
+    assert (enters == -forgets).all()
+
+
 @pytest.mark.parametrize("name", ["gpt2", "resnet32", "roberta", "llama"])
 def test_models_without_a_version_in_jax(name):
     with pytest.raises(ValueError, match=r"has no version in JAX, only RecurrentLM, .* have; give backend='torch'$"):

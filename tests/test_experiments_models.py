@@ -116,6 +116,18 @@ def test_recurrent_layers_have_one_bias():
     assert all(p.any() for p in model.parameters() if p.requires_grad)
 
 
+def test_an_lstm_may_start_out_to_remember():
+    """Forget gates that keep a state for 2 to T steps, 1 / (1 - sigmoid(b)), evenly, and input gates that let as little
+    in.
+    """
+    layer = build(RecurrentClassifier("lstm", 2, 1, 400, remembers=50)).layers[0]
+    enters, forgets = layer.bias_ih_l0.detach()[:800].view(2, 400)
+    kept = 1 / (1 - forgets.sigmoid())
+    assert 2 <= kept.min() < 4 < 48 < kept.max() <= 50
+    assert abs(kept.mean() - 26) < 3
+    assert torch.equal(enters, -forgets)
+
+
 def test_damping_of_the_paper():
     assert [on_paper(name).stack.damping for name in ("gpt2", "resnet110")] == [0.2, 0]
     pytest.importorskip("transformers")

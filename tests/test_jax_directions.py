@@ -114,9 +114,9 @@ def test_directions_from_outside_are_followed_by_one_program():
 def test_automatic_takes_numbers_or_is_refused(name):
     given = problem(name)[:3]
     strong = given[0]._replace(weight_hh=0.1 * given[0].weight_hh.at[:].add(9.0))
-    assert hbp.directions(strong.weight_hh, "auto").rank == 1
+    assert hbp.directions(strong.weight_hh, "auto").rank == H  # one above the edge, and the others
     found = gradient(name, "auto", iterations=0)(strong, *given[1:])
-    close(found, gradient(name, 1, iterations=0)(strong, *given[1:]))
+    close(found, gradient(name, H, iterations=0)(strong, *given[1:]))
     outside = hbp.directions(strong.weight_hh, "auto")
     close(quick(gradient(name, outside, iterations=0))(strong, *given[1:]), found)
     run = partial(getattr(hb, name), iterations=0, rank="auto")

@@ -215,9 +215,9 @@ def test_automatic_directions_tell_how_many_they_are(caplog):
             layer(x)[0].sum().backward()
             taken.append(layer.directions[0].rank)
             hb.step(layer)
-    assert taken == [0, 2, 2]  # the last step is exact, and takes none anew
+    assert taken == [0, 6, 6]  # the last step is exact, and takes none anew
     told = [record.message for record in caplog.records if "rank=" in record.message]
-    assert told == [f"rank='auto' takes {n} directions of weight_hh_l0, of 32" for n in (0, 2)]
+    assert told == [f"rank='auto' takes {n} directions of weight_hh_l0, of 32" for n in (0, 6)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -28,7 +28,7 @@ class Spectrum:
 
     @property
     def strong(self) -> int:
-        """How many directions rise above the flat edge: those that ``rank="auto"`` takes."""
+        """How many directions rise above the flat edge; ``rank="auto"`` takes these and a few more."""
         return above_edge(self.values, self._total, self.shape)
 
     @property

@@ -16,10 +16,14 @@ from hbp.cells import GRUParameters, LSTMParameters
 CELLS: dict[str, tuple[int, Any]] = {"gru": (3, GRUParameters), "lstm": (4, LSTMParameters)}
 
 
-def _layers(drawn: Drawn, cell: str, hidden: int, count: int) -> list[dict[str, Any]]:
+def _layers(drawn: Drawn, cell: str, hidden: int, count: int, remembers: int | None = None) -> list[dict[str, Any]]:
     rows = CELLS[cell][0] * hidden
     shapes = {"weight_ih": (rows, hidden), "weight_hh": (rows, hidden), "bias_ih": (rows,)}
-    return [{name: drawn.uniform(hidden**-0.5, *shape) for name, shape in shapes.items()} for _ in range(count)]
+    found = [{name: drawn.uniform(hidden**-0.5, *shape) for name, shape in shapes.items()} for _ in range(count)]
+    for layer in found if remembers is not None else ():
+        forget = jnp.log(1 + (remembers - 2) * (0.5 + drawn.uniform(0.5, hidden)))
+        layer["bias_ih"] = jnp.concatenate([-forget, forget, layer["bias_ih"][2 * hidden :]])
+    return found
 
 
 def _run(cell: str, layers: list[dict[str, Any]], x: Any, solver: hbp.Solver) -> Any:
@@ -53,7 +57,7 @@ def _init_classifier(sizes: s.RecurrentClassifier, seed: int) -> Any:
     drawn = Drawn(seed)
     return {
         "embed": drawn.linear(sizes.inputs, sizes.hidden),
-        "layers": _layers(drawn, sizes.cell, sizes.hidden, sizes.layers),
+        "layers": _layers(drawn, sizes.cell, sizes.hidden, sizes.layers, sizes.remembers),
         "head": [drawn.linear(sizes.hidden, sizes.hidden), drawn.linear(sizes.hidden, sizes.outputs)],
     }
 

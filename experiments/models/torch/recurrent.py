@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import hbp.backends.torch as hb
@@ -19,10 +20,14 @@ class Layers(nn.ModuleList):
     ones are zero and stay so, counted nowhere. In the GRU that leaves out the bias that the reset gate scales.
     """
 
-    def __init__(self, cell: str, hidden: int, layers: int) -> None:
+    def __init__(self, cell: str, hidden: int, layers: int, remembers: int | None = None) -> None:
         super().__init__(CELLS[cell](hidden, hidden, batch_first=True) for _ in range(layers))
         for layer in self:
             nn.init.zeros_(layer.bias_hh_l0).requires_grad_(False)
+            if remembers is not None:
+                forget = torch.empty(hidden).uniform_(1, remembers - 1).log()
+                with torch.no_grad():
+                    layer.bias_ih_l0[: 2 * hidden] = torch.cat([-forget, forget])
 
     def forward(self, x: Tensor) -> Tensor:
         for i, layer in enumerate(self):
@@ -50,7 +55,7 @@ class RecurrentClassifier(nn.Module):
     def __init__(self, sizes: s.RecurrentClassifier) -> None:
         super().__init__()
         self.embed = nn.Linear(sizes.inputs, sizes.hidden)
-        self.layers = Layers(sizes.cell, sizes.hidden, sizes.layers)
+        self.layers = Layers(sizes.cell, sizes.hidden, sizes.layers, sizes.remembers)
         self.head = nn.Sequential(
             nn.Linear(sizes.hidden, sizes.hidden), nn.ReLU(), nn.Linear(sizes.hidden, sizes.outputs)
         )

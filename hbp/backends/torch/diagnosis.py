@@ -50,7 +50,8 @@ def diagnose(
         loss_fn: ``loss_fn(model, batch)``, a scalar tensor.
         batch: what it takes.
         iterations, chunks: the settings to try.
-        ranks: of the GRUs and LSTMs, each with every k and chunk; "auto" is what rises above the flat edge.
+        ranks: of the GRUs and LSTMs, each with every k and chunk; "auto" is what rises above the flat edge and a
+            few more.
         target: the relative error of the parameters' gradient that is good enough.
         plot: a file for a picture.
 

@@ -228,10 +228,11 @@ class GRU(_Recurrent, torch.nn.GRU):
         solver: these three in one `hbp.Solver`, instead; all are attributes afterwards.
         residual: another residual path than the update gate's, as ``hbp.Zero()`` for the fixed point.
         rank: how many strong directions of each layer's recurrent weights the residual path takes beside the gate's
-            diagonal (`hbp.directions`): a number, or "auto" for those above the flat edge of their spectrum, a change
-            of which the log "hbp" tells at INFO. Each backward pass takes them from the weights as they are, by a step
-            of subspace iteration (two products with the weight's 3 H x H, or 4 H x H, by the rank) from those before,
-            the first by a singular value decomposition. ``directions`` lists them. Exact backprop ignores them.
+            diagonal (`hbp.directions`): a number, or "auto" for those above the flat edge of their spectrum and four
+            more, a change of which the log "hbp" tells at INFO. Each backward pass takes them from the weights as they
+            are, by a step of subspace iteration (two products with the weight's 3 H x H, or 4 H x H, by the rank) from
+            those before, the first by a singular value decomposition. ``directions`` lists them. Exact backprop ignores
+            them.
         exact: pins what None means: "adjoint" (this library's, without a graph) or "library" (torch's own).
         compiled: pins whether the forward on a CPU is this library's, compiled by Numba, in training and evaluation:
             off torch's by rounding (at initial weights less than 1e-6 in float32, 1e-14 in float64); False is torch's,
