@@ -27,11 +27,11 @@ def main(arguments: list[str]) -> int:
     try:
         request = _request(options)
         works = _works(options.names, request)
-        with limited(request.threads):
-            needed = max((work.check() for work in works), default=0)
         if options.dry_run:
             _dry_run(works, request, console)
             return 0
+        with limited(request.threads):
+            needed = max((work.check() for work in works), default=0)
         folder = Folder(options.out)
         folder.open(request, 2 * options.jobs * needed)  # a new checkpoint is written beside the old one
         left = [work for work in works if not folder.has(work)]
@@ -115,7 +115,17 @@ def _dry_run(works: Sequence[Work], request: Request, console: Console) -> None:
         cells = (found["runs"], found.get("parameters", ""), found.get("steps", ""), size, f"{found['seconds']:.3g}")
         table.add_row(what, *map(str, cells))
     Console(width=max(console.width, 110)).print(table)
-    print(f"{len(works)} pieces of work, about {total / 60:.1f} minutes, one after another")
+    print(f"{len(works)} pieces of work, about {_time(total)}, one after another")
+    for how in dict.fromkeys(found["how"] for found in known.values()):
+        print(f"seconds are estimated by {how}")
+
+
+def _time(seconds: float) -> str:
+    """For people."""
+    for unit, length in (("days", 86_400), ("hours", 3600)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 60:.1f} minutes"
 
 
 def _perform(left: Sequence[Work], folder: Folder, request: Request, jobs: int, console: Console) -> None:

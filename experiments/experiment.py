@@ -66,7 +66,7 @@ class Work(Protocol):
         """The bytes that its checkpoint takes; ValueError, OSError or ImportError where it could not be done at all."""
 
     def estimate(self) -> Record:
-        """Of a training ``parameters``, ``steps`` and ``bytes``; ``seconds`` as a few steps say."""
+        """``seconds``, and ``how`` they were estimated; of a training also ``parameters``, ``steps`` and ``bytes``."""
 
     def perform(self, context: Context) -> Record:
         """Do it, going on from the context's checkpoint where that exists."""

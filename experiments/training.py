@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from experiments.data import Data, Task
+from experiments.estimates import CHECKPOINT_BYTES, quickest, scaled
 from experiments.experiment import Context, Record, Request
 from experiments.folder import replace
 from experiments.history import History, Step, due
@@ -124,24 +125,22 @@ class Run:
         return VALIDATED[self.problem.task.metric] if self.preset == "laptop" else None
 
     def check(self) -> int:
+        self._check_backend()
+        return CHECKPOINT_BYTES * _parameters(self.task, self.preset, self.backend, self.data)
+
+    def _check_backend(self) -> None:
         if find_spec(f"experiments.{self.backend}_trainer") is None:
             raise ValueError(f"{self.task} cannot be trained with --backend {self.backend} yet; give --backend torch")
-        return 16 * _parameters(
-            self.task, self.preset, self.backend, self.data
-        )  # two moments of Adam's, and the weights
 
     def estimate(self) -> Record:
-        trainer, times, steps = self.trainer(), [], self.length_of_training
-        for step in range(4):
-            trainer.fetch()
-            start = perf_counter()
-            trainer.step(step)
-            times.append(perf_counter() - start)
-            if sum(times) > 5:
-                break
-        return {
-            "parameters": trainer.parameters, "steps": steps, "bytes": self.check(), "seconds": min(times) * steps
-        }  # fmt: skip
+        self._check_backend()
+        steps = self.length_of_training
+        if self.preset == "paper":  # whose steps take minutes, and whose data hours to fetch
+            rounds = self.method.solver(0, steps).iterations or 0
+            return scaled(self.task, self.preset, self.backend, rounds, steps)
+        trainer = self.trainer()
+        found = {"parameters": trainer.parameters, "steps": steps, "bytes": CHECKPOINT_BYTES * trainer.parameters}
+        return {**found, "seconds": quickest(trainer, 4) * steps, "how": "its own first steps"}
 
     def perform(self, context: Context) -> Record:
         """Train to the end; the clock runs for the steps alone."""

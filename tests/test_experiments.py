@@ -33,7 +33,7 @@ class Counting:
         return 8
 
     def estimate(self) -> dict[str, Any]:
-        return {"seconds": 0.5, "steps": 10}
+        return {"seconds": 0.5, "steps": 10, "how": "counting on fingers"}
 
     def perform(self, context: Any) -> dict[str, Any]:
         start = int(context.checkpoint.read_text()) if context.checkpoint.exists() else 0
@@ -111,7 +111,9 @@ def test_side_by_side(counting, tmp_path):
 def test_dry_run_does_nothing(counting, tmp_path, capsys):
     counting(Counting("a"), Counting("b"))
     assert run(tmp_path, "counting", "--dry-run") == 0
-    assert "2 pieces of work, about 0.0 minutes" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "2 pieces of work, about 0.0 minutes" in told
+    assert told.endswith("seconds are estimated by counting on fingers\n")
     assert not (tmp_path / "out").exists()
 
 

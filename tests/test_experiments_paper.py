@@ -77,3 +77,13 @@ def test_the_papers_problems_start_train_and_stop(folder, tmp_path, capsys, name
             assert None not in (*record["curve"]["loss"], *record["validation"]["loss"]), task
             assert (record["data"], record["length"]) == (problem.task.title, LENGTHS[task])
             assert record["block_steps"] == 2 * layers * steps, task
+
+
+def test_made_up_examples_are_like_the_tasks_own(folder):
+    for name, made in PAPER.items():
+        task = made().task
+        own, likewise = (next(data.train.batches(2, 0)) for data in (task.load(folder), task.made_up(3)))
+        pairs = list(zip((*own.inputs, own.targets), (*likewise.inputs, likewise.targets), strict=True))
+        assert [(x.shape, x.dtype) for x, _ in pairs] == [(x.shape, x.dtype) for _, x in pairs], name
+        assert likewise.targets.min() >= 0, name
+        assert likewise.targets.max() < task.outputs, name

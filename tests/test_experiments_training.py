@@ -20,7 +20,7 @@ pytest.importorskip("rich", reason="the experiments show their progress with ric
 pytest.importorskip("threadpoolctl", reason="the experiments limit threads with threadpoolctl")
 pytest.importorskip("sklearn", reason="the experiments learn scikit-learn's digits")
 
-from experiments import catalog, settings, training
+from experiments import catalog, estimates, settings, training
 from experiments.__main__ import main
 from experiments.data import Adding, Digits
 from experiments.experiment import Request
@@ -223,3 +223,44 @@ def test_all_sections_are_made_from_records_alone(shrunk, tmp_path):
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert {f"{name}.png" for name in names} <= pictures
     assert all(f"]({picture})" in page for picture in pictures)
+
+
+@pytest.fixture
+def unseen():
+    """No model has been looked at."""
+    estimates.sketched.cache_clear()
+    yield
+    estimates.sketched.cache_clear()
+
+
+def test_the_papers_models_are_estimated_by_one_short_look_at_each(unseen, monkeypatch):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from experiments.models import build
+    from experiments.models.torch import trained
+
+    looks: list[int] = []
+    monkeypatch.setattr(estimates, "quickest", lambda trainer, count: looks.append(trainer.parameters) or 2.0)
+    rounds = {EXACT: 0, Backward("highway", 3): 3, Backward("highway", Phases((1, None))): 1}
+    with torch.device("meta"):
+        for name, made in settings.PAPER.items():
+            found = [Run(name, method, 0, "paper", steps=1000).estimate() for method in rounds]
+            sizes = made().sizes
+            count = trained(build(replace(sizes, pretrained=None) if name == "roberta" else sizes))
+            assert [one["parameters"] for one in found] == [count] * 3, name
+            few = 4 if name in ("lstm", "gru", "gru3", "pixels") else 1
+            seconds = 1000 * made().training.batch * 2.0 / few
+            assert [one["seconds"] for one in found] == pytest.approx([seconds * (1 + k / 3) for k in rounds.values()])
+    assert len(looks) == len(settings.PAPER)
+
+
+def test_a_dry_run_of_the_papers_preset_needs_no_data(unseen, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(estimates, "quickest", lambda trainer, count: trainer.fetch() or trainer.step(0).loss)
+    assert main(["chunks", "--preset", "paper", "--seeds", "1", "--dry-run", "--data", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.splitlines() if "│" in line]
+    assert [row[1:5] for row in rows] == [["1", "29834", "2500", "0.48"]] * 8
+    assert "8 pieces of work, about" in told
+    assert told.endswith(f"seconds are estimated by {estimates.HOW}\n")
+    assert not list(tmp_path.iterdir())

@@ -119,3 +119,7 @@ class Task(ABC):
         Raises:
             DataError: one sentence: what is missing or broken, where it is looked for, and how to get it.
         """
+
+    def made_up(self, count: int) -> Data:
+        """So many examples like these or more, without a file: what this machine makes, else random numbers."""
+        return self.load()

@@ -81,6 +81,9 @@ class Cifar10(Task):
         prepare = Prepared.of(splits[0][0], self.pixels, 0 if self.pixels else 4)
         return Data(*(Examples((images,), labels, prepare) for images, labels in splits))
 
+    def made_up(self, count: int) -> Data:
+        return _noise(count, self.outputs, self.pixels, 0 if self.pixels else 4)
+
 
 @dataclass(frozen=True)
 class ImageNet32(Task):
@@ -107,6 +110,17 @@ class ImageNet32(Task):
             validation = _joined([place / "Imagenet32_val_npz" / "val_data.npz"])
         prepare = Prepared.of(train[0], padding=4)
         return Data(*(Examples((images,), labels, prepare) for images, labels in (train, validation)))
+
+    def made_up(self, count: int) -> Data:
+        return _noise(count, self.outputs, padding=4)
+
+
+def _noise(count: int, classes: int, pixels: bool = False, padding: int = 0) -> Data:
+    """Random images of 32 x 32, of random classes."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (count, 3, 32, 32), np.uint8), rng.integers(0, classes, count)
+    examples = Examples((images,), labels, Prepared.of(images, pixels, padding))
+    return Data(examples, examples)
 
 
 def _joined(paths: list[Path]) -> tuple[Array, Array]:

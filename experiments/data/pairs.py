@@ -45,6 +45,12 @@ class Mnli(Task):
             splits.append(Examples((ids, mask), np.array(rows["label"])))
         return Data(*splits)
 
+    def made_up(self, count: int) -> Data:
+        rng = np.random.default_rng(0)
+        ids = rng.integers(4, 1000, (count, self.length))  # of RoBERTa's tokens the first four are signs
+        examples = Examples((ids, np.ones_like(ids)), rng.integers(0, self.outputs, count))
+        return Data(examples, examples)
+
 
 PADDING, START, SEPARATOR, EXACTLY, AT_LEAST = range(5)
 NUMBERS, THINGS = 5, 6

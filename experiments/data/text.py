@@ -48,6 +48,10 @@ class Text(Task):
     def load(self, folder: Path | None = None) -> Data:
         return Data(*(stretches(symbols, self.length) for symbols in self.encoded(folder)))
 
+    def made_up(self, count: int) -> Data:
+        symbols = np.random.default_rng(0).integers(0, self.vocabulary, count * self.length + 1)
+        return Data(*[stretches(symbols, self.length)] * 2)
+
     def encoded(self, folder: Path | None) -> tuple[Array, Array]:
         """Both texts as symbols."""
         train, validation = self.texts(folder)
