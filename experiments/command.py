@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from experiments import catalog, page
+from experiments.checkpoints import CheckpointError
 from experiments.experiment import Request, Work
 from experiments.folder import Folder
 from experiments.performing import perform_all
@@ -45,6 +46,9 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("experiments: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except CheckpointError as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"experiments: {error}; the same command goes on from here", file=sys.stderr)
         return 1

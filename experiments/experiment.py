@@ -42,6 +42,8 @@ class Context(Protocol):
 
     checkpoint: Path
     """A file that is its own, gone once the record is written."""
+    earlier: float
+    """To be set by a piece of work that goes on from there: the seconds that it took until that was written."""
 
     def advance(self, done: int, total: int, text: str = "") -> None:
         """Show how far it is; a piece of work calls this often, since it may be told to end there."""

@@ -31,6 +31,8 @@ class History:
 
     step: int = 0
     seconds: float = 0.0
+    performed: float = 0.0
+    """Seconds of all that was done, validation and probes too, up to the last checkpoint."""
     block_steps: int = 0
     rounds: int = 0
     passes: int = 0

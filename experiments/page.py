@@ -61,7 +61,7 @@ def _sections(request: Request, records: Mapping[str, Record]) -> Iterator[tuple
         one = catalog.experiment(name)
         works = one.work(request)
         own = {work.key: records[work.key] for work in works if work.key in records}
-        if {work.what for work in works} == {work.what for work in works if work.key in own}:
+        if works and {work.what for work in works} == {work.what for work in works if work.key in own}:
             yield one, one.section(request, own)
 
 

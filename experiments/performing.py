@@ -24,11 +24,12 @@ Show = Callable[[str, int, int, str], None]
 
 @dataclass
 class Place:
-    """Where a piece of work is performed: its checkpoint, and whom it tells how far it is."""
+    """Where a piece of work is performed: its checkpoint, whom it tells how far it is, and what parts before took."""
 
     key: str
     checkpoint: Path
     show: Show
+    earlier: float = 0.0
 
     def advance(self, done: int, total: int, text: str = "") -> None:
         self.show(self.key, done, total, text)
@@ -41,7 +42,8 @@ def perform(work: Work, folder: Folder, threads: int, show: Show, beside: bool =
     with limited(threads):
         found = work.perform(place)
     where = {"key": work.key, "alone": work.alone or not beside, "commit": commit()}
-    where |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "performed_s": round(perf_counter() - start, 2)}
+    seconds = round(place.earlier + perf_counter() - start, 2)
+    where |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "performed_s": seconds}
     write(folder.record(work.key), where | found)
     place.checkpoint.unlink(missing_ok=True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 import hbp
 import hbp.backends.torch as hb
+from experiments.checkpoints import compare, identity
 from experiments.data import Data
 from experiments.experiment import Record
 from experiments.history import Step, due
@@ -32,6 +32,10 @@ from hbp.diagnosis import Agreement, Settings, compared
 SAMPLES = 4
 """Random vectors of an estimate of the damping."""
 torch.set_flush_denormal(True)  # cotangents that vanish over hundreds of steps would slow all products down
+
+
+def check(run: Run) -> None:
+    """PyTorch trains them all."""
 
 
 class Trainer:
@@ -147,12 +151,8 @@ class Trainer:
         return [0]  # all layers and samples at once
 
     def validate(self) -> Mapping[str, float]:
-        return models.validate(self.problem.task, self.model, self._validation())
-
-    def _validation(self) -> Any:
-        examples, count = self._data.validation, self._run.validated or len(self._data.validation)
-        few = replace(examples, inputs=tuple(x[:count] for x in examples.inputs), targets=examples.targets[:count])
-        return few.once(max(self.problem.training.batch, 64))
+        batches = self._data.validation.first(self._run.validated).once(max(self.problem.training.batch, 64))
+        return models.validate(self.problem.task, self.model, batches)
 
     def probe(self, iterations: tuple[int, ...]) -> Record:
         """On one batch, the same all through training."""
@@ -178,14 +178,20 @@ class Trainer:
         return {**self._notes, **({"directions": taken} if taken else {})}
 
     def save(self, path: Path, extra: Any) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict(), "extra": extra}
+        state = {"of": self._identity, "extra": extra}
+        state |= {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
         state |= {"rng": torch.get_rng_state(), "chosen": self._chosen, "notes": self._notes}
         state["dampings"] = [getattr(layer, "damping", 0) for layer in self._layers]
         state["directions"] = [getattr(layer, "directions", []) for layer in self._layers]
         torch.save(state, path)
 
-    def load(self, path: Path, step: int | None = None) -> Any:
+    @property
+    def _identity(self) -> Record:
+        return identity(self._run, {name: value.shape for name, value in self.model.state_dict().items()})
+
+    def load(self, path: Path) -> Any:
         state = torch.load(path, weights_only=False)
+        compare(path, state.get("of", {}), self._identity)
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])

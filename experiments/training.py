@@ -12,6 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
+from experiments.checkpoints import CheckpointError
 from experiments.data import Data, Task
 from experiments.estimates import CHECKPOINT_BYTES, quickest, scaled
 from experiments.experiment import Context, Record, Request
@@ -61,7 +62,11 @@ class Trainer(Protocol):
         """Write all that the next steps depend on, and something else, to a file."""
 
     def load(self, path: Path) -> Any:
-        """Be as when that was written; returns the something else."""
+        """Be as when that was written; returns the something else.
+
+        Raises:
+            CheckpointError: it was written of another model or other settings.
+        """
 
 
 @dataclass(frozen=True)
@@ -114,10 +119,15 @@ class Run:
 
     def trainer(self) -> Trainer:
         """The model at its start."""
-        module = import_module(f"experiments.{self.backend}_trainer")
-        data = _data(self.problem.task, self.data)
-        made: Trainer = module.Trainer(self, data)
+        made: Trainer = self._module.Trainer(self, _data(self.problem.task, self.data))
         return made
+
+    @property
+    def _module(self) -> Any:
+        """What trains in this library: a `Trainer`, and ``check(run)``, a ValueError where it cannot."""
+        if find_spec(f"experiments.{self.backend}_trainer") is None:
+            raise ValueError(f"{self.task} cannot be trained with --backend {self.backend} yet; give --backend torch")
+        return import_module(f"experiments.{self.backend}_trainer")
 
     @property
     def validated(self) -> int | None:
@@ -125,15 +135,11 @@ class Run:
         return VALIDATED[self.problem.task.metric] if self.preset == "laptop" else None
 
     def check(self) -> int:
-        self._check_backend()
+        self._module.check(self)
         return CHECKPOINT_BYTES * _parameters(self.task, self.preset, self.backend, self.data)
 
-    def _check_backend(self) -> None:
-        if find_spec(f"experiments.{self.backend}_trainer") is None:
-            raise ValueError(f"{self.task} cannot be trained with --backend {self.backend} yet; give --backend torch")
-
     def estimate(self) -> Record:
-        self._check_backend()
+        self._module.check(self)
         steps = self.length_of_training
         if self.preset == "paper":  # whose steps take minutes, and whose data hours to fetch
             rounds = self.method.solver(0, steps).iterations or 0
@@ -144,15 +150,17 @@ class Run:
 
     def perform(self, context: Context) -> Record:
         """Train to the end; the clock runs for the steps alone."""
+        start = perf_counter()
         trainer, steps = self.trainer(), self.length_of_training
-        history: History = trainer.load(context.checkpoint) if context.checkpoint.exists() else History()
-        written = perf_counter()
+        history = _going_on(trainer, context.checkpoint)
+        context.earlier, written = history.performed, perf_counter()
         while True:
             self._measure(trainer, history, steps)
             if history.step == steps or not _finite(history):
                 break
             self._step(trainer, history, steps)
             if perf_counter() - written > CHECKPOINT_S:
+                history.performed = context.earlier + perf_counter() - start
                 replace(context.checkpoint, lambda path: trainer.save(path, history))
                 written = perf_counter()
             context.advance(history.step, steps, _remark(history))
@@ -193,6 +201,19 @@ class Run:
         found |= {"block_steps": history.block_steps, "curve": history.curve, "validation": history.validation}
         found |= {"rounds_mean": history.rounds / history.passes} if history.passes else {}
         return {**found, **({"probes": history.probes} if self.probed else {}), **trainer.notes()}
+
+
+def _going_on(trainer: Trainer, checkpoint: Path) -> History:
+    """From the checkpoint where there is one; CheckpointError for whatever is wrong with it."""
+    if not checkpoint.exists():
+        return History()
+    try:
+        found: History = trainer.load(checkpoint)
+    except CheckpointError:
+        raise
+    except Exception as error:  # of what other versions of the libraries or of this code have written
+        raise CheckpointError.of(checkpoint, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+    return found
 
 
 @lru_cache(maxsize=4)

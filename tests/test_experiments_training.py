@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +22,10 @@ pytest.importorskip("rich", reason="the experiments show their progress with ric
 pytest.importorskip("threadpoolctl", reason="the experiments limit threads with threadpoolctl")
 pytest.importorskip("sklearn", reason="the experiments learn scikit-learn's digits")
 
-from experiments import catalog, estimates, settings, training
+from experiments import catalog, estimates, folder, performing, settings, training
 from experiments.__main__ import main
 from experiments.data import Adding, Digits
-from experiments.experiment import Request
+from experiments.experiment import Experiment, Request, Section
 from experiments.methods import EXACT, LIBRARY, Backward, Diagnosed, Estimated, Phases, block_steps
 from experiments.models import RecurrentClassifier, ResidualMLP, ResNet
 from experiments.settings import Problem, Training
@@ -96,6 +98,66 @@ def test_an_interrupted_run_ends_with_the_same_numbers(tiny, tmp_path, task, met
     assert whole["validation"]["step"] == list(range(STEPS + 1))
     assert json.loads(json.dumps(whole, allow_nan=False)) == whole
     assert numbers(replace(run, seed=2).perform(Place(tmp_path / "other"))) != numbers(whole)
+
+
+WIDER = replace(TINY["rnn"], sizes=RecurrentClassifier("gru", 2, 1, 9))
+FASTER = replace(TINY["rnn"], training=Training("adam", 1.0, STEPS, 4))
+
+
+@pytest.mark.parametrize(
+    ("now", "why"),
+    [
+        (WIDER, "sizes.hidden 8 instead of 9, embed.weight (8, 2) instead of (9, 2), embed.bias (8,) instead of (9,) "
+                "and 7 more"),
+        (FASTER, "training.rate 0.01 instead of 1.0"),
+        (None, "UnpicklingError: pickle data was truncated"),
+    ],
+    ids=["sizes", "rate", "broken"],
+)  # fmt: skip
+def test_a_checkpoint_of_something_else_is_one_sentence(tiny, tmp_path, monkeypatch, capsys, now, why):
+    run = Run("rnn", EXACT, 0)
+    one = Experiment("one", "One", lambda request: [run], lambda request, records: Section())
+    monkeypatch.setattr(catalog, "MODULES", ("one",))
+    monkeypatch.setitem(sys.modules, "experiments.one", SimpleNamespace(EXPERIMENT=one))
+    checkpoint = tmp_path / "out/checkpoints/rnn+exact+0"
+    folder.Folder(tmp_path / "out").open(Request())
+    with pytest.raises(KeyboardInterrupt):
+        run.perform(Place(checkpoint, killed_at=7))
+    if now is None:
+        checkpoint.write_bytes(pickle.dumps({"extra": 1})[:-3])
+    else:
+        monkeypatch.setitem(settings.LAPTOP, "rnn", lambda: now)
+    before = checkpoint.read_bytes()
+    assert main(["one", "--out", str(tmp_path / "out")]) == 1
+    told = f"{checkpoint} does not fit this run ({why}); give another --out, or delete that file to begin anew"
+    assert capsys.readouterr().err.splitlines()[-1] == f"experiments: {told}"
+    assert checkpoint.read_bytes() == before
+    checkpoint.unlink()
+    assert main(["one", "--out", str(tmp_path / "out")]) == 0
+
+
+def test_all_parts_of_a_run_are_counted(tiny, tmp_path, monkeypatch):
+    clock = itertools.count()  # a second between any two looks
+    for module in (training, performing):
+        monkeypatch.setattr(module, "perf_counter", lambda: float(next(clock)))
+    there, run, parts = folder.Folder(tmp_path), Run("rnn", EXACT, 0), []
+    there.open(Request())
+
+    import torch
+
+    def show(key: str, done: int, total: int, text: str) -> None:
+        if done in (4, 8) and len(parts) < done / 4:
+            parts.append(torch.load(there.checkpoint(run.key), weights_only=False)["extra"].performed)
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            performing.perform(run, there, 1, show)
+    began = next(clock)
+    performing.perform(run, there, 1, show)
+    last = next(clock) - began
+    assert 0 < 1.5 * parts[0] < parts[1]
+    assert json.loads(there.record(run.key).read_text())["performed_s"] == parts[1] + last - 2  # without my two looks
 
 
 def test_methods_do_what_they_say(tiny, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -47,6 +47,10 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def first(self, count: int | None) -> Examples:
+        """So many of them; None for all."""
+        return replace(self, inputs=tuple(x[:count] for x in self.inputs), targets=self.targets[:count])
 
     def batches(self, size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Endless training batches from step ``start`` on, each epoch in another random order.
