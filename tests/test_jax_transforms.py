@@ -484,6 +484,11 @@ PARAMS, X = (lambda: stack()[0]), (lambda: stack()[1])
             ValueError,
             "different lengths on axis 0, the axis of the layers: .*'b'.*: 3, .*'w'.*: 7",
         ),
+        (
+            lambda: hb.sequential(layer, [{"b": jnp.ones(4), "u": jnp.ones(4), "w": jnp.ones(2)}], X(), iterations=1),
+            ValueError,
+            r"the layers: {\"params\[0\]\['b'\]\": 4, \"params\[0\]\['w'\]\": 2}; stack each array of all layers",
+        ),
         (lambda: hb.sequential(layer, {}, X(), iterations=1), ValueError, "params holds no arrays"),
         (lambda: hb.sequential(lambda p, x: x[:1], PARAMS(), X(), iterations=1),
          ValueError, r"the layer returns float64 of shape \(1, 4\); its state"),

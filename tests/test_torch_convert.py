@@ -503,7 +503,8 @@ class Sparse(nn.Module):
     [
         (lambda: hb.convert("gpt2", 1), TypeError, "model is a str; give a torch.nn.Module"),
         (lambda: hb.convert(nn.Linear(3, 3), 1), ValueError, "found no stack to convert in this Linear"),
-        (lambda: hb.convert(Sparse(), 1), ValueError, "its lists are: 'layers'; give stacks="),
+        (lambda: hb.convert(nn.Sequential(nn.LSTM(3, 3))), ValueError, r"found no stack .* put hb\.GRU or hb\.LSTM"),
+        (lambda: hb.convert(Sparse(), 1), ValueError, "its lists are: 'layers'; give stacks= to convert one whole$"),
         (lambda: hb.convert(Model(), 1, stacks="h"), ValueError, "stacks='h': there is none; name a"),
         (lambda: hb.convert(Model(), 1, stacks="head"), ValueError, "stacks='head': it is a Linear of 0"),
         (lambda: hb.convert(Model(), 1, stacks=3), TypeError, "stacks=3; give the name of a list"),

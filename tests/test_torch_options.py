@@ -47,6 +47,7 @@ def test_configure_sets_a_whole_setting_on_all_layers():
         (lambda m: hb.set_iterations(m, "3"), TypeError, "iterations='3' is a str"),
         (lambda m: hb.configure(m, 3), TypeError, "setting is a int; give an hbp.Solver, or a row, as diagnose"),
         (lambda m: hb.configure(m, None), TypeError, "setting is a NoneType; give an hbp.Solver"),
+        (lambda m: hb.configure(m, hbp.Schedule({0: 1})), TypeError, r"is a Schedule; .* goes to set_iterations"),
         (lambda m: setattr(m[1], "iterations", -1), ValueError, "iterations=-1 is too small"),
         (lambda m: setattr(m[2], "chunk", 0), ValueError, "chunk=0 is too small"),
         (lambda m: setattr(m[2], "tolerance", 2), ValueError, "tolerance=2; give"),
@@ -76,7 +77,7 @@ def test_what_is_refused_changes_nothing(call, error, message):
     ],
 )
 def test_modules_without_layers_are_refused(call):
-    with pytest.raises(ValueError, match="a Linear without any of hbp's layers; build it with"):
+    with pytest.raises(ValueError, match=r"a Linear without any of hbp's layers; build it with .* takes its solver="):
         call(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"module is a NoneType; give a torch\.nn\.Module"):
         call(None)

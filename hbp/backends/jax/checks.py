@@ -67,7 +67,12 @@ def check_stacked(what: str, tree: Any, rows: str = "layers") -> int:
     if not lengths:
         raise ValueError(f"{what} holds no arrays; stack those of all {rows} on axis 0")
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"the arrays of {what} have different lengths on axis 0, the axis of the {rows}: {lengths}")
+        first = {length: name for name, length in reversed(lengths.items())}
+        examples = {name: length for length, name in reversed(first.items())}
+        raise ValueError(
+            f"the arrays of {what} have different lengths on axis 0, the axis of the {rows}: {examples}; stack each "
+            f"array of all {rows}, jax.tree.map(lambda *arrays: jnp.stack(arrays), *{rows})"
+        )
     return next(iter(lengths.values()))
 
 

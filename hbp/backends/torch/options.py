@@ -104,7 +104,10 @@ def configure(module: nn.Module, setting: Solver | Row) -> None:
     solver: Any = setting.solver if isinstance(setting, Row) else setting
     if not isinstance(solver, Solver):
         kind = type(setting).__name__
-        raise TypeError(f"setting is a {kind}; give an hbp.Solver, or a row, as diagnose(...).recommended")
+        raise TypeError(
+            f"setting is a {kind}; give an hbp.Solver, or a row, as diagnose(...).recommended; a number of iterations "
+            "or a schedule alone goes to set_iterations"
+        )
     found, ranks = scheduled(module), [setting.rank] if isinstance(setting, Row) else []
     taking = ranked(found, *ranks).values()
     for layers in found.values():
@@ -201,6 +204,7 @@ def scheduled(module: nn.Module) -> dict[str, Scheduled]:
             found.setdefault(id(layers), (name, layers))
     if not found:
         raise ValueError(
-            f"a {type(module).__name__} without any of hbp's layers; build it with those of hbp, or use convert"
+            f"a {type(module).__name__} without any of hbp's layers; build it with those of hbp, or use convert (scan "
+            "is a function, which takes its solver= at each call)"
         )
     return dict(found.values())

@@ -26,9 +26,12 @@ def largest(model: nn.Module) -> Row:
     rows = [(name, row) for name, entries in kinds for row in _cut(entries) if len(row) > 1 and any(map(_size, row))]
     if not rows:
         seen = ", ".join(repr(name) for name, _ in lists) or "none"
+        over_time = any(type(part) in (nn.GRU, nn.LSTM) for part in model.modules())
+        recurrent = "; for torch.nn's GRU or LSTM put hb.GRU or hb.LSTM and load its state_dict" if over_time else ""
         raise ValueError(
             f"found no stack to convert in this {type(model).__name__}: a torch.nn.ModuleList or Sequential with at "
             f"least two consecutive layers of one class; its lists are: {seen}; give stacks= to convert one whole"
+            f"{recurrent}"
         )
     staged = any(_staged(entries) for _, entries in kinds)
     return max(rows, key=lambda row: (len(row[1]) if staged else 0, sum(map(_size, row[1]))))
