@@ -154,6 +154,12 @@ def test_a_rank_whose_increments_grow_is_named():
     assert "rank" not in diagnosis(row(1, 0.3, 0.001, report=growing)).advice.split("settings")[1].split(":")[0]
 
 
+def test_automatic_ranks_that_take_nothing_are_no_fault_of_the_loss():
+    plain = row(1, 0.3, 0.001), row(2, 0.2, 0.001)
+    assert "hand rank on" not in diagnosis(*plain, row(1, 0.3, 0.001, rank="auto")).advice
+    assert "hand rank on" in diagnosis(*plain, row(1, 0.3, 0.001, rank=2)).advice
+
+
 def test_a_spectrum_beside_its_flat_edge(rng):
     noise = rng.uniform(-1, 1, (90, 30))
     u, s, v = np.linalg.svd(noise, full_matrices=False)

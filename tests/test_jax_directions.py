@@ -403,10 +403,14 @@ def test_diagnosis_of_ranks(capsys):
     assert f"{name}: {spectrum}" in capsys.readouterr().out
     assert "does the loss hand rank on" not in found.advice
 
-    def dropping(*given: Any, rank: int, **how: Any) -> Any:
-        return loss(*given, **how, rank=0)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
 
-    found = hb.diagnose(dropping, params, xs, iterations=(1,), ranks=(0, 2))
+    def dropping(params: Any, *given: Any, rank: int, **how: Any) -> Any:
+        return loss(jax.tree.map(lambda leaf: leaf[1], params), *given, **how, rank=0)
+
+    found = hb.diagnose(dropping, stacked, xs, iterations=(1,), ranks=(0, 2))
+    assert list(found.spectra) == [f"{name}[0]", f"{name}[1]"]
+    np.testing.assert_allclose(found.spectra[f"{name}[1]"].values, [2 * value for value in spectrum.values])
     assert found.advice.endswith("no rank changed the gradient: does the loss hand rank on?")
     with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
         hb.diagnose(lambda params, xs, iterations, chunk: xs.sum(), params, xs, ranks=(2,))

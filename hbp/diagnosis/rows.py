@@ -155,7 +155,8 @@ class Diagnosis:
         return f"rank {ranks} is worse than none at some settings ({errors}): too low a rank is; raise it, or take none"
 
     def _unheeded(self) -> str:
-        alike = [(a, b) for a in self.rows for b in self.rows if a.rank and not b.rank and a.solver == b.solver]
+        ranked = [row for row in self.rows if row.rank not in (0, "auto")]  # "auto" may take none
+        alike = [(a, b) for a in ranked for b in self.rows if not b.rank and a.solver == b.solver]
         if alike and all(a.overall == b.overall for a, b in alike):
             return "no rank changed the gradient: does the loss hand rank on?"
         return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,14 @@ def diagnose(
 
 
 def _spectra(params: Tree) -> dict[str, Spectrum]:
-    """Of the recurrent weights of the cells inside of params, by their place."""
+    """Of the recurrent weights of the cells inside of params, by their place; of stacked cells each its own."""
     kinds, found = (cells.GRUParameters, cells.LSTMParameters), {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda part: isinstance(part, kinds)):
         if isinstance(leaf, kinds):
-            values = jnp.linalg.svd(BACKEND.widened(leaf.weight_hh), compute_uv=False).tolist()
-            found[f"{jax.tree_util.keystr(path)}.weight_hh"] = Spectrum(tuple(values), leaf.weight_hh.shape)
+            name, shape = f"{jax.tree_util.keystr(path)}.weight_hh", leaf.weight_hh.shape[-2:]
+            values = jnp.linalg.svd(BACKEND.widened(leaf.weight_hh), compute_uv=False)
+            for index in product(*map(range, values.shape[:-1])):
+                found[name + "".join(f"[{i}]" for i in index)] = Spectrum(tuple(values[index].tolist()), shape)
     return found
 
 
