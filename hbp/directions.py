@@ -79,8 +79,8 @@ def directions(
             are.
         start: those of the weight before its last change: one step of subspace iteration from them, two products of
             N x H x r, instead of a whole singular value decomposition, which takes about 10 N H^2 operations. Others
-            than as many, or such that are not finite, are no start; inside `jax.jit` the latter are replaced by columns
-            of the weight, from which further steps converge.
+            than as many, or such of a weight that was zero or not finite, are no start; inside `jax.jit` the latter are
+            replaced by columns of the weight, from which further steps converge.
         backend: a backend or its name, where it shall not be chosen by the library's rules.
 
     Returns:
@@ -182,8 +182,8 @@ def _rows(weight: Array, count: int, start: Directions | None, backend: Any) -> 
         norm = backend.norm(before)
         known = isinstance(norm, float)
         if not known:
-            before = xp.where(norm < math.inf, before, weight[:, :count])
-        if not known or math.isfinite(norm):
+            before = xp.where((norm > 0) & (norm < math.inf), before, weight[:, :count])
+        if not known or 0 < norm < math.inf:
             return xp.linalg.qr((before.T @ weight).T)[0].T  # reads the weight as it lies
     if isinstance(norm := backend.norm(weight), float) and not math.isfinite(norm):
         return backend.zeros_like(weight[:1].T @ weight[:1])[:count]  # as no decomposition would take it

@@ -74,20 +74,39 @@ def test_automatic_sees_directions_rise_and_fall_from_a_warm_start(library: Libr
     assert ranks[4:6] == [11, 11]
 
 
+def test_automatic_decomposes_a_weight_again_only_where_all_that_it_follows_are_strong(
+    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    flat, weight, stronger = (spiked(rng, (96, 32), [6.0] * n) for n in (0, 2, 6))
+    following, found = hbp.directions(flat, "auto"), hbp.directions(weight, "auto")
+    assert [len(following.values), *(factor.shape for factor in following.taken)] == [4, (96, 0), (0, 32)]
+    monkeypatch.setattr(np.linalg, "svd", lambda *_, **__: pytest.fail("the weight is decomposed"))
+    assert hbp.directions(weight, "auto", found).rank == 6
+    with pytest.raises(pytest.fail.Exception, match="the weight is decomposed"):
+        hbp.directions(stronger, "auto", found)
+
+
+def test_a_start_of_more_directions_is_none(rng: np.random.Generator) -> None:
+    weight = with_values(rng, (12, 5), [4.0, 3.0, 2.0, 1.0, 0.5])
+    found = hbp.directions(weight, 2, hbp.directions(-weight, 3))
+    np.testing.assert_allclose(found.values, [4.0, 3.0], atol=1e-12)
+
+
 def test_the_flat_edge_is_the_largest_value_of_noise(rng: np.random.Generator) -> None:
     weight = rng.normal(size=(1200, 400))
     edge = flat_edge((), float((weight**2).sum()), weight.shape)
     np.testing.assert_allclose(np.linalg.svd(weight)[1][0], edge, rtol=0.02)
     assert flat_edge((), 0.0, (3, 3)) == 0
+    np.testing.assert_allclose(flat_edge((2.0,), 8.0, (3, 3)), 2 * 3**0.5)  # 2 x 2 entries of 1 remain
 
 
-def test_weights_that_are_not_finite_leave_no_trace_behind(library: Library, rng: np.random.Generator) -> None:
+def test_weights_that_are_zero_or_not_finite_leave_no_trace_behind(library: Library, rng: np.random.Generator) -> None:
     good = with_values(rng, (6, 3), [3.0, 2.0, 1.0])
-    bad = np.where(good == good[0, 0], np.nan, good)
-    lost = hbp.directions(library.array(bad), 2)
-    assert lost.right.shape == (2, 3)
-    found = hbp.directions(library.array(good), 2, lost)
-    np.testing.assert_allclose(found.values, [3.0, 2.0], atol=1e-12)
+    for bad in (np.where(good == good[0, 0], np.nan, good), 0 * good):
+        lost = hbp.directions(library.array(bad), 2)
+        assert lost.right.shape == (2, 3)
+        found = hbp.directions(library.array(good), 2, lost)
+        np.testing.assert_allclose(found.values, [3.0, 2.0], atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -170,6 +189,7 @@ def test_directions_of_another_library_are_refused(library: Library) -> None:
     ("weight", "rank", "error", "match"),
     [
         (np.ones((4, 2)), 3, ValueError, r"rank=3 is more than a weight of shape \(4, 2\)"),
+        (np.ones((2, 4)), 3, ValueError, r"rank=3 is more than a weight of shape \(2, 4\)"),
         (np.ones((4, 2)), "some", ValueError, "rank='some'"),
         (np.ones((4, 2)), True, TypeError, "rank=True is a bool"),
         (np.ones(4), 1, ValueError, r"shape \(4,\); expected \(N, H\)"),
