@@ -93,15 +93,15 @@ def pinned(ways: Mapping[str, str]) -> Iterator[None]:
         _pinned.reset(token)
 
 
-def fastest(task: str, library: str, rows: int, width: int, among: tuple[str, ...], steps: float = math.inf) -> str:
-    """The fastest of some ways, in calls of so many steps, at the nearest size measured; the first where none was."""
-    return explained(task, library, rows, width, among, steps)[0]
+def fastest(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> str:
+    """The fastest of some ways at the nearest size measured; the first of them where none was."""
+    return explained(task, library, rows, width, among)[0]
 
 
 def explained(
     task: str, library: str, rows: int, width: int, among: tuple[str, ...], steps: float = math.inf
 ) -> tuple[str, str]:
-    """As `fastest`, with the reason."""
+    """As `fastest`, in calls of so many steps, with the reason."""
     way = _pinned.get().get(task)
     return (way, "pinned") if way is not None and way in among else _explained(task, library, rows, width, among, steps)
 

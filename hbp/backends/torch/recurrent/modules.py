@@ -236,8 +236,8 @@ class GRU(_Recurrent, torch.nn.GRU):
         exact: pins what None means: "adjoint" (this library's, without a graph) or "library" (torch's own).
         compiled: pins whether the forward on a CPU is this library's, compiled by Numba, in training and evaluation:
             off torch's by rounding (at initial weights less than 1e-6 in float32, 1e-14 in float64); False is torch's,
-            bit for bit; None the faster one at the input's batch size, which `path` tells. Torch's own runs where
-            there is none: on other devices, under autocast, in half precision, with ``exact="library"``.
+            bit for bit; None the faster one at the input's length and batch size, which `path` tells. Torch's own
+            runs where there is none: on other devices, under autocast, in half precision, with ``exact="library"``.
         keep: what a compiled forward keeps for the backward: "gates" (fastest), or "states", the least memory.
 
     Outputs may be written into, as torch's own, but for writes that torch does not count, through ``.data`` or NumPy:
