@@ -391,12 +391,12 @@ def test_diagnosis_of_ranks(capsys):
         found = jax.grad(loss)(params, xs, iterations, 1, rank)
         return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(found)])
 
-    found = hb.diagnose(loss, params, xs, iterations=(0, 1), ranks=(0, 2, H))
-    assert [(row.iterations, row.rank) for row in found.rows] == [(k, r) for r in (0, 2, H) for k in (0, 1)]
+    found = hb.diagnose(loss, params, xs, iterations=(0,), ranks=(0, 2, H))
+    assert [(row.iterations, row.rank) for row in found.rows] == [(0, 0), (0, 2), (0, H)]
     exact = flat(None, 0)
     errors = [np.linalg.norm(flat(row.iterations, row.rank) - exact) / np.linalg.norm(exact) for row in found.rows]
     np.testing.assert_allclose([row.overall.error for row in found.rows], errors, rtol=1e-6, atol=1e-9)
-    assert errors[4] < 1e-9 < errors[2] != errors[0]  # of full rank, the path is all there is
+    assert errors[2] < 1e-9 < errors[1] != errors[0]  # of full rank, the path is all there is
     ((name, spectrum),) = found.spectra.items()
     assert name == "['cell'].weight_hh"
     np.testing.assert_allclose(spectrum.values, np.linalg.svd(weights.weight_hh, compute_uv=False))
