@@ -24,7 +24,10 @@ class Model(NamedTuple):
     init: Callable[[int], Any]
     """From a seed to parameters, a pytree of float32."""
     apply: Callable[..., Any]
-    """``apply(params, *batch.inputs, solver=hbp.Solver(...))`` to logits or numbers; the solver is static."""
+    """``apply(params, *batch.inputs, solver=hbp.Solver(...))`` to logits or numbers; the solver is static.
+
+    Recurrent models take ``rank=``, too, or ``residual=``, another residual map than hbp's own.
+    """
 
 
 def build(sizes: s.Sizes) -> Model:

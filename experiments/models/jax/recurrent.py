@@ -11,7 +11,8 @@ import hbp
 import hbp.backends.jax as hb
 from experiments.models import sizes as s
 from experiments.models.jax.drawing import Drawn, linear
-from hbp.cells import GRUParameters, LSTMParameters
+from hbp import cells
+from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 
 CELLS: dict[str, tuple[int, Any]] = {"gru": (3, GRUParameters), "lstm": (4, LSTMParameters)}
 
@@ -26,17 +27,43 @@ def _layers(drawn: Drawn, cell: str, hidden: int, count: int, remembers: int | N
     return found
 
 
-def _run(cell: str, layers: list[dict[str, Any]], x: Any, solver: hbp.Solver) -> Any:
+def _run(cell: str, layers: list[dict[str, Any]], x: Any, solver: hbp.Solver, residual: Any = None, **how: Any) -> Any:
     """Steps first: (T, B, H) -> (T, B, H), each layer after the first beside a residual connection."""
     start = jnp.zeros_like(x[0])
+    state = {"gru": start, "lstm": (start, start)}[cell]
     for i, layer in enumerate(layers):
         params = CELLS[cell][1](**layer)
-        if cell == "gru":
-            _, h = hb.gru(params, x, start, solver=solver)
+        if residual is not None:
+            h = _resplit(cell, residual, solver)(params, x, state)
         else:
-            _, h = hb.lstm(params, x, (start, start), solver=solver)
+            h = getattr(hb, cell)(params, x, state, solver=solver, **how)[1]
         x = x + h if i else h
     return x
+
+
+def _resplit(cell: str, residual: Any, solver: hbp.Solver) -> Any:
+    """A layer that is pulled back under another split than hbp's own."""
+    pullback = {"gru": GRUPullback, "lstm": LSTMPullback}[cell]
+
+    def run(*given: Any) -> Any:
+        return getattr(cells, cell)(*given, backend=hb.backend)[0]
+
+    @jax.custom_vjp
+    def layer(*given: Any) -> Any:
+        found = run(*given)
+        return found if cell == "gru" else found[0]
+
+    def forward(*given: Any) -> tuple[Any, Any]:
+        found = run(*given)
+        return (found if cell == "gru" else found[0]), (given, found)
+
+    def backward(saved: Any, dh: Any) -> Any:
+        given, found = saved
+        d = dh if cell == "gru" else (dh, None)
+        return pullback(*given, found, hb.backend)(d, solver=solver, residual=residual)
+
+    layer.defvjp(forward, backward)
+    return layer
 
 
 def _init_lm(sizes: s.RecurrentLM, seed: int) -> Any:
@@ -48,8 +75,8 @@ def _init_lm(sizes: s.RecurrentLM, seed: int) -> Any:
     }
 
 
-def _apply_lm(sizes: s.RecurrentLM, params: Any, symbols: Any, solver: hbp.Solver) -> Any:
-    h = _run(sizes.cell, params["layers"], params["embed"][symbols.T], solver)
+def _apply_lm(sizes: s.RecurrentLM, params: Any, symbols: Any, **how: Any) -> Any:
+    h = _run(sizes.cell, params["layers"], params["embed"][symbols.T], **how)
     return linear(params["head"], h).swapaxes(0, 1)
 
 
@@ -62,8 +89,8 @@ def _init_classifier(sizes: s.RecurrentClassifier, seed: int) -> Any:
     }
 
 
-def _apply_classifier(sizes: s.RecurrentClassifier, params: Any, x: Any, solver: hbp.Solver) -> Any:
-    last = _run(sizes.cell, params["layers"], linear(params["embed"], x.swapaxes(0, 1)), solver)[-1]
+def _apply_classifier(sizes: s.RecurrentClassifier, params: Any, x: Any, **how: Any) -> Any:
+    last = _run(sizes.cell, params["layers"], linear(params["embed"], x.swapaxes(0, 1)), **how)[-1]
     first, second = params["head"]
     return linear(second, jax.nn.relu(linear(first, last)))
 
