@@ -77,9 +77,10 @@ class Trainer:
         found = self._program(self._params, self._state, tuple(self._batch), rate, solver=solver)
         self._params, self._state, loss = jax.block_until_ready(found)
         jax.effects_barrier()
-        rounds = [len(report.increments) - 1 for report in self._reports]
+        rounds: list[Any] = [len(report.increments) - 1 for report in self._reports]
         self._reports.clear()
-        return Step(float(loss), [*rounds] or [solver.iterations] * self.problem.sizes.layers, [])
+        sizes: Any = self.problem.sizes
+        return Step(float(loss), rounds or [solver.iterations] * sizes.layers, [])
 
     def _stepped(self, params: Any, state: Any, batch: Any, rate: Any, solver: hbp.Solver) -> tuple[Any, Any, Any]:
         loss, gradient = jax.value_and_grad(self._loss)(params, batch, solver)

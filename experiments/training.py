@@ -142,8 +142,8 @@ class Run:
         self._module.check(self)
         steps = self.length_of_training
         if self.preset == "paper":  # whose steps take minutes, and whose data hours to fetch
-            rounds = self.method.solver(0, steps).iterations or 0
-            return scaled(self.task, self.preset, self.backend, rounds, steps)
+            rounds: Any = self.method.solver(0, steps).iterations
+            return scaled(self.task, self.preset, self.backend, rounds or 0, steps)
         trainer = self.trainer()
         found = {"parameters": trainer.parameters, "steps": steps, "bytes": CHECKPOINT_BYTES * trainer.parameters}
         return {**found, "seconds": quickest(trainer, 4) * steps, "how": "its own first steps"}

@@ -43,7 +43,7 @@ def _run(cell: str, layers: list[dict[str, Any]], x: Any, solver: hbp.Solver, re
 
 def _resplit(cell: str, residual: Any, solver: hbp.Solver) -> Any:
     """A layer that is pulled back under another split than hbp's own."""
-    pullback = {"gru": GRUPullback, "lstm": LSTMPullback}[cell]
+    pullback: Any = {"gru": GRUPullback, "lstm": LSTMPullback}[cell]
 
     def run(*given: Any) -> Any:
         return getattr(cells, cell)(*given, backend=hb.backend)[0]
