@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -125,9 +124,12 @@ class Run:
     @property
     def _module(self) -> Any:
         """What trains in this library: a `Trainer`, and ``check(run)``, a ValueError where it cannot."""
-        if find_spec(f"experiments.{self.backend}_trainer") is None:
-            raise ValueError(f"{self.task} cannot be trained with --backend {self.backend} yet; give --backend torch")
-        return import_module(f"experiments.{self.backend}_trainer")
+        try:
+            return import_module(f"experiments.{self.backend}_trainer")
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"training with --backend {self.backend} needs {error.name}: pip install {error.name}"
+            ) from error
 
     @property
     def validated(self) -> int | None:

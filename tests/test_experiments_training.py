@@ -180,9 +180,11 @@ def test_methods_do_what_they_say(tiny, tmp_path):
     assert len({round(value, 6) for value in [exact, *found]}) == 5
 
 
-def test_a_backend_without_a_trainer_is_one_sentence(tiny):
-    with pytest.raises(ValueError, match="rnn cannot be trained with --backend other yet; give --backend torch"):
-        Run("rnn", EXACT, 0, backend="other").check()
+def test_what_a_trainer_needs_is_named(tiny, monkeypatch):
+    for name in ("jax", "optax"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"training with --backend jax needs (jax|optax): pip install \1$"):
+        Run("rnn", EXACT, 0, backend="jax").check()
 
 
 def test_both_clocks(tiny, tmp_path):
