@@ -23,8 +23,8 @@ TASKS = {
     "pixels-lstm": SHORT,
     "pixels-256": SHORT,
     "pixels-lstm-256": SHORT,
-    "adding-200": METHODS,
-    "adding-200-lstm": SHORT,
+    "adding-256": METHODS,
+    "adding-256-lstm": SHORT,
 }
 """Of each task its methods; chunks, slow on an LSTM here, on the GRU alone."""
 

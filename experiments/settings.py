@@ -184,13 +184,13 @@ LAPTOP: dict[str, Callable[[], Problem]] = {
         "LSTM of 256 units, pixel by pixel", Digits(pixels=True), RecurrentClassifier("lstm", 1, 10, 256),
         Training("adam", 3e-3, 300, 32, warmup=30, clip=1.0),
     ),
-    "adding-200": lambda: Problem(
-        "GRU, adding problem", Adding(200), RecurrentClassifier("gru", 2, 1),
+    "adding-256": lambda: Problem(
+        "GRU, adding problem", Adding(256), RecurrentClassifier("gru", 2, 1),
         Training("adam", 5e-3, 600, 32, warmup=60, clip=1.0),
     ),
-    "adding-200-lstm": lambda: Problem(
-        "LSTM, adding problem", Adding(200), RecurrentClassifier("lstm", 2, 1, remembers=200),
-        Training("adam", 6e-3, 1500, 32, warmup=75, clip=0.3),
+    "adding-256-lstm": lambda: Problem(
+        "LSTM, adding problem", Adding(256), RecurrentClassifier("lstm", 2, 1, remembers=256),
+        Training("adam", 6e-3, 1000, 32, warmup=75, clip=0.3),
     ),
 }  # fmt: skip
 """Models of the same kinds on data that need no network, and three that the paper has not."""
