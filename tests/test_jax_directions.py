@@ -208,7 +208,7 @@ def test_a_gru_written_as_ones_own_cell_is_the_gru():
         close((dparams, dxs, dh0), expected)
     strong = params._replace(weight_hh=0.1 * (params.weight_hh + 9.0))
     with_auto = jax.grad(loss)(strong, h0, xs, "auto", iterations=0, **own)
-    close(with_auto, jax.grad(loss)(strong, h0, xs, 1, iterations=0, **own))
+    close(with_auto, jax.grad(loss)(strong, h0, xs, H, iterations=0, **own))
     with pytest.raises(TypeError, match="rank='auto' needs the weight's numbers"):
         jax.grad(jax.jit(partial(loss, rank="auto", iterations=0, **own)))(params, h0, xs)
 
