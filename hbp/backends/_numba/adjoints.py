@@ -69,8 +69,8 @@ def gru_adjoint(
         states = h[a - 1 : b - 1] if a else previous(pullback.h0, h[:b], pullback.backend)
         return _gru_gates(pullback, pullback.x[a:b], states, d, threads)
 
-    def steps(a: int, b: int, d: Array, total: Array, pulled: Array) -> Loop:
-        arrays = (*gates(a, b, d), h[a - 1] if a else pullback.h0, h[a:b], dh[a:b], pulled, carry, total, d)
+    def steps(a: int, b: int, d: Array, pulled: Array) -> Loop:
+        arrays = (*gates(a, b, d), h[a - 1] if a else pullback.h0, h[a:b], dh[a:b], pulled, carry, d)
         return partial(loops.gru_steps(weight.dtype), *map(as_numpy, arrays), weight)
 
     # the cotangents come as those of n, r, z and the candidate's recurrent part
@@ -116,8 +116,8 @@ def lstm_adjoint(
     dh, dc = (np.broadcast_to(weight.dtype.type(0), h.shape) if one is None else one for one in dstates)
     carries = tuple(zeros(state, state.shape) for state in (h0, c0))
 
-    def steps(a: int, b: int, d: Array, total: Array, pulled: Array) -> Loop:
-        arrays = (gates[a:b], c[a - 1] if a else c0, c[a:b], dh[a:b], dc[a:b], pulled, *carries, total, d)
+    def steps(a: int, b: int, d: Array, pulled: Array) -> Loop:
+        arrays = (gates[a:b], c[a - 1] if a else c0, c[a:b], dh[a:b], dc[a:b], pulled, *carries, d)
         return partial(loops.lstm_steps(weight.dtype), *map(as_numpy, arrays), weight)
 
     every = slice(0, 4 * size)
@@ -143,7 +143,7 @@ def _lstm_gates(pullback: LSTMPullback, before: Array, threads: Threads) -> Arra
 def _back(
     pullback: Any,
     states: tuple[Array, Array],
-    steps: Callable[[int, int, Array, Array, Array], Loop],
+    steps: Callable[[int, int, Array, Array], Loop],
     carries: Sequence[Array],
     columns: Columns,
     with_inputs: bool,
@@ -154,8 +154,8 @@ def _back(
     Args:
         pullback: the cell's.
         states: h, the initial ones and all others.
-        steps: the loop over the steps from a to b, given where ``d`` goes, the cotangents of the pre-activations,
-            (b - a, B, 4H), what its sums over time are added to, (B, 4H), and what was pulled back.
+        steps: the loop over these, given where ``d`` goes, the cotangents of the pre-activations, (b - a, B, 4H), and
+            what was pulled back.
         carries: the cotangents that leave a step, zeros; the first gets the products with the weights.
         columns: those of ``d`` in each product.
         with_inputs: whether dx is wanted.
@@ -168,12 +168,11 @@ def _back(
     most = max(SPAN // max(4 * size * batch, 1), 8) if how.solver.exact else length
     d = empty(carry, (min(most, length), batch, 4 * size))
     inputs, recurrent = empty(carry, params.weight_ih.shape), empty(carry, params.weight_hh.shape)
-    total, dx = zeros(carry, (batch, 4 * size)), None
+    bias, dx = zeros(carry, (4 * size,)), None
     for b in range(length, 0, -most):
         a = max(b - most, 0)
         own = d[: b - a]
-        loop = partial(steps, a, b, own, total)
-        span = Span(loop, carries, total, own, columns.recurrent, params.weight_hh, backend, how.threads)
+        span = Span(partial(steps, a, b, own), carries, own, columns.recurrent, params.weight_hh, backend, how.threads)
         if how.solver.exact:
             span.exact(looped)
         else:
@@ -188,13 +187,14 @@ def _back(
         add(recurrent, by_state[first:].T, h[max(a - 1, 0) : b - 1].reshape((len(rows) - first, size)))
         if first:
             backend.add_product(recurrent, by_state[:first].T, h0)
+        bias += rows.sum(0)
         if with_inputs:
             dx = empty(carry, x.shape) if dx is None else dx  # not while rounds hold their arrays
             add = partial(_put, backend)
             for part, gates in columns.inputs:
                 add(dx[a:b].reshape(given.shape), rows[:, part], params.weight_ih[gates])
                 add = backend.add_product
-    return inputs, recurrent, total.sum(0), dx
+    return inputs, recurrent, bias, dx
 
 
 def _put(backend: Any, product: Array, rows: Array, weight: Array) -> None:

@@ -52,12 +52,6 @@ def _measure(carry, entering, before, sizes):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**OPTIONS)
-def _add(total, row):  # type: ignore[no-untyped-def]
-    for i in range(row.shape[0]):
-        total[i] += row[i]
-
-
-@numba.njit(**OPTIONS)
 def _gru_row(a, rec, bias, q, size):  # type: ignore[no-untyped-def]
     """From projections of input and state to r, z, n in ``a``, and the candidate's recurrent part in ``q``."""
     for i in range(2 * size):
@@ -119,7 +113,7 @@ LOW = contiguous(2), contiguous(2), writes(3), writes(2)
     reads(2),
     *[reads(3)] * 2,
     contiguous(3),
-    *[writes(2)] * 2,
+    writes(2),
     writes(3),
     contiguous(2),
     *LOW,
@@ -135,7 +129,6 @@ def gru_steps(
     dh: np.ndarray,
     pulled: np.ndarray,
     carry: np.ndarray,
-    total: np.ndarray,
     d: np.ndarray,
     weight: np.ndarray,
     left: np.ndarray,
@@ -152,8 +145,7 @@ def gru_steps(
 ) -> None:
     """The cotangents ``d`` of the pre-activations n, r, z and the candidate's recurrent part, (T, B, 4H), for the steps
     from ``last - 1`` to ``first`` and the batch entries from ``start`` on; the last three are those of the product with
-    the recurrent weights. ``carry`` goes from the cotangent of a step's state to that of the state before, ``total``,
-    (B, 4H), gets the sums of ``d`` over the steps.
+    the recurrent weights. ``carry`` goes from the cotangent of a step's state to that of the state before.
     """
     size = carry.shape[1]
     one = gates.dtype.type(1)
@@ -174,7 +166,6 @@ def gru_steps(
                 own[size + i] = dq * candidate[i] * (one - r[i])
                 own[2 * size + i] = gi * (old[i] - n[i]) * z[i] * (one - z[i])
                 own[3 * size + i] = dq
-            _add(total[b], own)
         if product == EXACT:
             add_product(d[t, :, size:], weight, carry, start, stop)
         elif product == ROUND:
@@ -252,7 +243,7 @@ def lstm_run(
     reads(2),
     *[reads(3)] * 3,
     contiguous(3),
-    *[writes(2)] * 3,
+    *[writes(2)] * 2,
     writes(3),
     contiguous(2),
     *LOW,
@@ -269,7 +260,6 @@ def lstm_steps(
     pulled: np.ndarray,
     carry_h: np.ndarray,
     carry_c: np.ndarray,
-    total: np.ndarray,
     d: np.ndarray,
     weight: np.ndarray,
     left: np.ndarray,
@@ -306,7 +296,6 @@ def lstm_steps(
                 own[3 * size + n] = gh * exposed * o[n] * (one - o[n])
                 g_c[n] = f[n] * gc
                 g_h[n] = 0
-            _add(total[b], own)
         if product == EXACT:
             add_product(d[t], weight, carry_h, start, stop)
         elif product == ROUND:

@@ -28,8 +28,6 @@ class Span:
     """The loop over the steps, given what was pulled back: called with the arrays of a round, how, and which steps."""
     carries: Sequence[Array]
     """The cotangents that leave a step, (B, H) each; the first gets the products with the weights."""
-    total: Array
-    """The sums of ``d`` over time, which a pass adds to, (B, 4H)."""
     d: Array
     """The cotangents of the pre-activations, (T, B, 4H)."""
     columns: slice
@@ -73,7 +71,7 @@ class Span:
         for k in range(most + 1):
             if k:
                 self.backend.xp.matmul(self.rows, self.weight, out=pulled.reshape((length * batch, size)))
-                for own in (*self.carries, self.total):
+                for own in self.carries:
                     own[...] = 0
             self.threads.run(partial(run, ROUND if k else APART, 0, length), batch, 64 * length * batch * size)
             if len(state.sizes):
