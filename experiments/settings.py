@@ -193,7 +193,7 @@ LAPTOP: dict[str, Callable[[], Problem]] = {
         Training("adam", 6e-3, 1000, 32, warmup=75, clip=0.3),
     ),
 }  # fmt: skip
-"""Models of the same kinds on data that need no network, and three that the paper has not."""
+"""Models of the same kinds on data that need no network, and those that the paper has not."""
 
 
 def problem(name: str, preset: str = "laptop") -> Problem:

@@ -58,7 +58,7 @@ class RecurrentClassifier:
     """A linear map of each step's input, recurrent layers, and an MLP of two layers on the last state.
 
     Args:
-        remembers: an LSTM starts out to forget after 1 to so many steps, by the biases of its forget and input gates
+        remembers: an LSTM starts out to forget after 2 to so many steps, by the biases of its forget and input gates
             (Tallec and Ollivier 2018, arXiv 1804.11188); without, as PyTorch starts it.
     """
 

@@ -154,8 +154,8 @@ def _back(
     Args:
         pullback: the cell's.
         states: h, the initial ones and all others.
-        steps: the loop over these, given where ``d`` goes, the cotangents of the pre-activations, (b - a, B, 4H), and
-            what was pulled back.
+        steps: the loop over the steps from a to b, given where ``d`` goes, the cotangents of the pre-activations,
+            (b - a, B, 4H), and what was pulled back.
         carries: the cotangents that leave a step, zeros; the first gets the products with the weights.
         columns: those of ``d`` in each product.
         with_inputs: whether dx is wanted.

@@ -78,17 +78,18 @@ def diagnose(
             "ranks holds 'auto', which needs the weights' numbers; here each setting is compiled: give "
             "hbp.directions(weight, 'auto').rank"
         )
+    ranked = settings.ranks if any(settings.ranks) else ()
     _check_at_hand("params", params)
     _check_at_hand("batch", batch)
 
     def asked(solver: Solver, rank: Rank) -> dict[str, Any]:
         given = {"iterations": solver.iterations, "chunk": solver.chunk}
-        return {**given, "rank": rank} if any(settings.ranks) else given
+        return {**given, "rank": rank} if ranked else given
 
     value = loss(params, batch, **asked(Solver(), 0))
     if jnp.shape(value) or not jnp.isfinite(value):
         raise ValueError(f"the loss is {value}; a diagnosis needs a finite scalar")
-    for rank in settings.ranks if any(settings.ranks) else ():  # one that is not taken is told before any work
+    for rank in ranked:  # one that is not taken is told before any work
         jax.eval_shape(partial(loss, **asked(Solver(1), rank)), params, batch)
     programs: dict[tuple[Solver, Rank], Callable[..., Tree]] = {}
 
@@ -107,9 +108,8 @@ def diagnose(
         jax.block_until_ready(programs[solver, rank](params, batch))
         return time.perf_counter() - start
 
-    spectra = _spectra(params) if any(settings.ranks) else {}
     # On the host, where comparing gradients compiles nothing.
-    return diagnosed(settings, load("numpy").backend, gradient, seconds, spectra)
+    return diagnosed(settings, load("numpy").backend, gradient, seconds, _spectra(params) if ranked else {})
 
 
 def _spectra(params: Tree) -> dict[str, Spectrum]:
