@@ -47,7 +47,7 @@ def _kept() -> tuple[Timing, ...]:
     try:
         return _tuning.timings().rows
     except (ValueError, OSError):
-        return _tuning.read(_tuning.SHIPPED).rows
+        return _tuning.read(_tuning.shipped()).rows
 
 
 def _measured(row: Timing, libraries: Sequence[str]) -> bool:

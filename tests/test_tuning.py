@@ -100,8 +100,10 @@ def test_times_come_from_the_cache_else_from_what_is_shipped_or_whence_a_variabl
         assert (rows is None) == ("shipped" in _tuning.timings().source)
 
 
-def test_the_table_shipped_knows_every_task():
-    rows = read(_tuning.SHIPPED).rows
+@pytest.mark.parametrize("width", [32, 64])
+def test_the_tables_shipped_know_every_task(width, monkeypatch):
+    monkeypatch.setattr(_tuning, "vector_bytes", lambda: width)
+    rows = read(_tuning.shipped()).rows
     parts = {
         (f"{cell} {part}", library)
         for cell in ("gru", "lstm")
@@ -179,7 +181,7 @@ def test_tune_measures_and_keeps(library, monkeypatch, capsys):
     own = [row for row in found.rows if row.library == library]
     assert len(own) == {"numpy": 8, "torch": 13}[library]
     assert all(time > 0 for row in own for time in row.seconds.values())
-    assert all(row in found.rows for row in read(_tuning.SHIPPED).rows if row.library != library)
+    assert all(row in found.rows for row in read(_tuning.shipped()).rows if row.library != library)
     out = capsys.readouterr().out.splitlines()
     assert len(out) == len(own) + 1
     assert out[-1] == f"wrote {cache_file()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,19 @@ def jacobian(f: Callable[[Any], Any], x: Any) -> np.ndarray:
     """The Jacobian of f at x by the library's autograd, on flattened states."""
     found = torch.autograd.functional.jacobian(f, x.detach())
     return found.reshape(x.numel(), x.numel()).numpy()
+
+
+@cache
+def under_autocast(kind: str) -> bool:
+    """Whether PyTorch has a layer in bfloat16 on this processor: oneDNN has no LSTM on some."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            getattr(torch.nn, kind)(1, 1)(torch.zeros(1, 1, 1))
+    except RuntimeError as error:
+        if "primitive descriptor" not in str(error):
+            raise
+        return False
+    return True
 
 
 def opened(layer: Any) -> Any:

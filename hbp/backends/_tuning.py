@@ -18,6 +18,8 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from errno import EISDIR
 from functools import cache, lru_cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import MappingProxyType
@@ -25,7 +27,6 @@ from typing import Any
 from zlib import crc32
 
 VARIABLE = "HBP_TUNED"
-SHIPPED = Path(__file__).with_name("tuned.json")
 MARGIN = 0.95
 """The part of the first way's time that another must stay below to be taken instead."""
 
@@ -145,7 +146,21 @@ def timings() -> Timings:
     chosen = os.environ.get(VARIABLE)
     if chosen and chosen != "shipped":
         return read(Path(chosen))
-    return read(SHIPPED if chosen else _own() or SHIPPED)
+    return read(shipped() if chosen else _own() or shipped())
+
+
+def shipped() -> Path:
+    """The file that comes with the library for processors with such vectors."""
+    return Path(__file__).with_name(f"tuned-{vector_bytes()}.json")
+
+
+@cache
+def vector_bytes() -> int:
+    """Bytes in this processor's widest vectors, as far as compiled loops care: 64 with AVX-512, else 32."""
+    if find_spec("llvmlite") is None:
+        return 32
+    features = import_module("llvmlite.binding").get_host_cpu_features()
+    return 64 if features.get("avx512f") else 32
 
 
 def _own() -> Path | None:

@@ -15,9 +15,10 @@ from typing import Any, cast
 import numpy as np
 
 from hbp.backends._numba import loops
-from hbp.backends._numba.arrays import empty, gru_bias, in_loop, lstm_bias, matrix, rows_of, zeros
+from hbp.backends._numba.arrays import dense, empty, gru_bias, in_loop, lstm_bias, rows_of, zeros
 from hbp.backends._numba.compile import Threads, as_numpy, own_threads
 from hbp.backends._numba.passes import Loop, Span
+from hbp.backends._numba.tiles import panels
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 from hbp.cells._common import matmul, previous
 from hbp.core.backend import Array
@@ -60,7 +61,7 @@ def gru_adjoint(
 ) -> tuple[GRUParameters, Array | None, Array]:
     """``pullback(dh, solver=solver, rank=directions)`` for float32 or float64 in any layout; dx None if unwanted."""
     params, h, threads = pullback.params, pullback.h, threads or own_threads()
-    size, weight = h.shape[-1], matrix(params.weight_hh)
+    size, dtype = h.shape[-1], as_numpy(h).dtype
     carry = zeros(pullback.h0, pullback.h0.shape)
 
     def gates(a: int, b: int, d: Array) -> tuple[Array, ...]:
@@ -69,9 +70,10 @@ def gru_adjoint(
         states = h[a - 1 : b - 1] if a else previous(pullback.h0, h[:b], pullback.backend)
         return _gru_gates(pullback, pullback.x[a:b], states, d, threads)
 
-    def steps(a: int, b: int, d: Array, pulled: Array) -> Loop:
-        arrays = (*gates(a, b, d), h[a - 1] if a else pullback.h0, h[a:b], dh[a:b], pulled, carry, d)
-        return partial(loops.gru_steps(weight.dtype), *map(as_numpy, arrays), weight)
+    def steps(weight: np.ndarray, a: int, b: int, d: Array, pulled: Array) -> Loop:
+        states, arrays = (h[a - 1] if a else pullback.h0, h[a:b]), (dh[a:b], pulled, carry, d)
+        run = loops.gru_steps(dtype)
+        return partial(run, *map(as_numpy, gates(a, b, d)), *map(dense, states), *map(as_numpy, arrays), weight)
 
     # the cotangents come as those of n, r, z and the candidate's recurrent part
     inputs = (slice(size, 3 * size), slice(0, 2 * size)), (slice(0, size), slice(2 * size, 3 * size))
@@ -105,20 +107,22 @@ def lstm_adjoint(
 ) -> tuple[LSTMParameters, Array | None, tuple[Array, Array]]:
     """``pullback(dstates, solver=solver, rank=directions)`` for float32 or float64; dx None if unwanted."""
     params, (h0, c0), threads = pullback.params, pullback.initial, threads or own_threads()
-    (h, c), size, weight = pullback.states, h0.shape[-1], matrix(params.weight_hh)
+    (h, c), size, dtype = pullback.states, h0.shape[-1], as_numpy(h0).dtype
     gates = pullback.gates
     if gates is None:
         gates = _lstm_gates(pullback, previous(h0, h, pullback.backend), threads)
     if c is None:
         c = empty(h, h.shape)
-        memory = partial(loops.lstm_memory(weight.dtype), *map(as_numpy, (gates, c0, c)))
+        memory = partial(loops.lstm_memory(dtype), as_numpy(gates), dense(c0), as_numpy(c))
         threads.run(memory, len(h0), 4 * math.prod(gates.shape[1:]))
-    dh, dc = (np.broadcast_to(weight.dtype.type(0), h.shape) if one is None else one for one in dstates)
+    none = np.empty((0, *h.shape[1:]), dtype)
+    dh, dc = (none if one is None else one for one in dstates)
     carries = tuple(zeros(state, state.shape) for state in (h0, c0))
 
-    def steps(a: int, b: int, d: Array, pulled: Array) -> Loop:
-        arrays = (gates[a:b], c[a - 1] if a else c0, c[a:b], dh[a:b], dc[a:b], pulled, *carries, d)
-        return partial(loops.lstm_steps(weight.dtype), *map(as_numpy, arrays), weight)
+    def steps(weight: np.ndarray, a: int, b: int, d: Array, pulled: Array) -> Loop:
+        states, arrays = (c[a - 1] if a else c0, c[a:b]), (dh[a:b], dc[a:b], pulled, *carries, d)
+        run = loops.lstm_steps(dtype)
+        return partial(run, as_numpy(gates[a:b]), *map(dense, states), *map(as_numpy, arrays), weight)
 
     every = slice(0, 4 * size)
     columns, how = Columns(((every, every),), every), How(solver, directions, [dh, dc], threads)
@@ -143,7 +147,7 @@ def _lstm_gates(pullback: LSTMPullback, before: Array, threads: Threads) -> Arra
 def _back(
     pullback: Any,
     states: tuple[Array, Array],
-    steps: Callable[[int, int, Array, Array], Loop],
+    steps: Callable[[np.ndarray, int, int, Array, Array], Loop],
     carries: Sequence[Array],
     columns: Columns,
     with_inputs: bool,
@@ -154,8 +158,8 @@ def _back(
     Args:
         pullback: the cell's.
         states: h, the initial ones and all others.
-        steps: the loop over the steps from a to b, given where ``d`` goes, the cotangents of the pre-activations,
-            (b - a, B, 4H), and what was pulled back.
+        steps: the loop over the steps from a to b, given the weights in `panels`, a, b, where ``d`` goes, the
+            cotangents of the pre-activations, (b - a, B, 4H), and what was pulled back.
         carries: the cotangents that leave a step, zeros; the first gets the products with the weights.
         columns: those of ``d`` in each product.
         with_inputs: whether dx is wanted.
@@ -165,6 +169,8 @@ def _back(
     carry, length = carries[0], len(x)
     batch, size = carry.shape
     looped = in_loop(f"{'gru' if isinstance(pullback, GRUPullback) else 'lstm'} backward", backend, batch, size)
+    whole = dense(params.weight_hh)
+    weight = panels(whole if looped and how.solver.exact else whole[:0, :0])
     most = max(SPAN // max(4 * size * batch, 1), 8) if how.solver.exact else length
     d = empty(carry, (min(most, length), batch, 4 * size))
     inputs, recurrent = empty(carry, params.weight_ih.shape), empty(carry, params.weight_hh.shape)
@@ -172,7 +178,9 @@ def _back(
     for b in range(length, 0, -most):
         a = max(b - most, 0)
         own = d[: b - a]
-        span = Span(partial(steps, a, b, own), carries, own, columns.recurrent, params.weight_hh, backend, how.threads)
+        span = Span(
+            partial(steps, weight, a, b, own), carries, own, columns.recurrent, params.weight_hh, backend, how.threads
+        )
         if how.solver.exact:
             span.exact(looped)
         else:

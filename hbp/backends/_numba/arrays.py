@@ -52,6 +52,6 @@ def rows_of(x: Array) -> np.ndarray:
     return as_numpy(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def matrix(weight: Array) -> np.ndarray:
-    """A matrix as the loops read it."""
-    return np.ascontiguousarray(as_numpy(weight))
+def dense(x: Array) -> np.ndarray:
+    """An array as the loops read it: contiguous, copied where it is not."""
+    return np.ascontiguousarray(as_numpy(x))

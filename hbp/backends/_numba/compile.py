@@ -32,7 +32,7 @@ def as_numpy(array: Any) -> np.ndarray:
 
 
 def reads(axes: int) -> Argument:
-    """An array that is read, in any layout: one compilation serves them all, and LLVM tests for unit strides."""
+    """An array that is read, in any layout: one compilation serves them all; a loop over a row wants it `packed`."""
     return lambda dtype: types.Array(dtype, axes, "A", readonly=True)
 
 
@@ -49,6 +49,11 @@ def writes(axes: int) -> Argument:
 def doubles(_: types.Type) -> types.Type:
     """A contiguous matrix of float64 that is written, whatever the other numbers are."""
     return types.Array(types.float64, 2, "C")
+
+
+def flag(_: types.Type) -> types.Type:
+    """Yes or no."""
+    return types.boolean
 
 
 def index(_: types.Type) -> types.Type:
@@ -77,8 +82,8 @@ def compiled(*parameters: Argument) -> Callable[[Callable[..., None]], Callable[
 
 
 def _built(function: Callable[..., None], signature: Any) -> Callable[..., None]:
-    """A kernel, compiled or from disk."""
-    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    """A kernel, compiled or from disk; it allocates nothing, and so counts no references to the rows that it takes."""
+    options = {"nogil": True, "_nrt": False, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
         return numba.njit([signature], cache=True, **options)(function)  # type: ignore[no-any-return]
     except RuntimeError as error:

@@ -10,6 +10,7 @@ import numpy as np
 from hbp.backends._numba import loops
 from hbp.backends._numba.arrays import empty, gru_bias, in_loop, lstm_bias
 from hbp.backends._numba.compile import Threads, as_numpy, own_threads
+from hbp.backends._numba.tiles import panels
 from hbp.cells import GRUParameters, LSTMParameters
 from hbp.cells._common import matmul
 from hbp.core.backend import Array
@@ -70,6 +71,6 @@ def lstm_forward(
 
 
 def _weight(params: GRUParameters | LSTMParameters, compiled: bool) -> np.ndarray:
-    """The recurrent weights as the loop wants them, (H, 4H); nothing where it does without."""
+    """The recurrent weights as the loop wants them, those of (H, 4H); nothing where it does without."""
     weight = as_numpy(params.weight_hh)
-    return np.ascontiguousarray(weight.T) if compiled else np.empty((0, 0), weight.dtype)
+    return panels(weight.T if compiled else weight[:0, :0])

@@ -7,8 +7,8 @@ strong directions of the weights are part of the residual path: ``left``, (N, r)
 may also measure what it changes: from ``before``, the last round's cotangents of the states, it adds to ``sizes``,
 (B, 3), behind a factor, the sums of squares of change and whole times that factor; (0, 3) where nobody asks.
 
-Numba compiles these anew when this file has changed, not when `functions` or `tiles` alone has, whose code is compiled
-into them: who works on those deletes the cached code (``__pycache__/*.nb?``).
+Numba compiles these anew when this file has changed, not when `functions`, `rows` or `tiles` alone has, whose code is
+compiled into them: who works on those deletes the cached code (``__pycache__/*.nb?``).
 """
 
 from __future__ import annotations
@@ -18,10 +18,17 @@ import numpy as np
 
 from hbp.backends._numba.compile import compiled, contiguous, doubles, index, reads, writes
 from hbp.backends._numba.functions import OPTIONS, logistic, tanh
-from hbp.backends._numba.tiles import add_product
+from hbp.backends._numba.rows import contiguous_row
+from hbp.backends._numba.tiles import add_panels, add_product
 
 APART, EXACT, ROUND = 0, 1, 2
 """Where the product with the weights comes from: it is added between calls, or here, or taken from the round before."""
+
+
+@numba.njit(**OPTIONS)
+def _quarters(row, size):  # type: ignore[no-untyped-def]
+    """A row of four gates' numbers as four."""
+    return row[:size], row[size : 2 * size], row[2 * size : 3 * size], row[3 * size : 4 * size]
 
 
 @numba.njit(**OPTIONS)
@@ -37,12 +44,24 @@ def _add_directions(d, left, right, low, fresh, carry, start, stop):  # type: ig
     add_product(fresh, right, carry, start, stop)
 
 
+@numba.njit(**OPTIONS)
+def _enter(entering, carry):  # type: ignore[no-untyped-def]
+    """``carry += entering``, a row in any layout."""
+    if entering.strides[0] == entering.itemsize:
+        row = contiguous_row(entering)
+        for i in range(carry.shape[0]):
+            carry[i] += row[i]
+    else:
+        for i in range(carry.shape[0]):
+            carry[i] += entering[i]
+
+
 @numba.njit(forceinline=True, fastmath={"contract", "reassoc"}, error_model="numpy")
-def _measure(carry, entering, before, sizes):  # type: ignore[no-untyped-def]
+def _measure(carry, before, sizes):  # type: ignore[no-untyped-def]
     """Add one state's part to the sums, of numbers that neither overflow nor vanish squared."""
     factor, change, whole = sizes[0], 0.0, 0.0
     for i in range(carry.shape[0]):
-        g = carry[i] + entering[i]
+        g = carry[i]
         new, old = factor * g, factor * before[i]
         change += (new - old) * (new - old)
         whole += new * new
@@ -56,9 +75,10 @@ def _gru_row(a, rec, bias, q, size):  # type: ignore[no-untyped-def]
     """From projections of input and state to r, z, n in ``a``, and the candidate's recurrent part in ``q``."""
     for i in range(2 * size):
         a[i] = logistic(a[i] + rec[i] + bias[i])
+    r, n, own, shared, inputs = a[:size], a[2 * size :], rec[2 * size :], bias[2 * size : 3 * size], bias[3 * size :]
     for i in range(size):
-        q[i] = rec[2 * size + i] + bias[2 * size + i]
-        a[2 * size + i] = tanh(a[2 * size + i] + bias[3 * size + i] + a[i] * q[i])
+        q[i] = own[i] + shared[i]
+        n[i] = tanh(n[i] + inputs[i] + r[i] * q[i])
 
 
 @compiled(writes(2), contiguous(2), contiguous(1), writes(2), index, index)
@@ -68,7 +88,7 @@ def gru_gates(a: np.ndarray, rec: np.ndarray, bias: np.ndarray, q: np.ndarray, s
         _gru_row(a[row], rec[row], bias, q[row], q.shape[1])
 
 
-@compiled(*[writes(3)] * 3, writes(2), writes(2), contiguous(2), contiguous(1), *[index] * 6)
+@compiled(*[writes(3)] * 3, writes(2), writes(2), contiguous(3), contiguous(1), *[index] * 6)
 def gru_run(
     a: np.ndarray,
     q: np.ndarray,
@@ -87,21 +107,21 @@ def gru_run(
     """The forward: states and gates of the steps from ``first`` up to ``last``, of the batch entries from ``start`` on.
 
     ``a``: the inputs' projections, (T, B, 3H), in whose place the gates r, z, n come; ``q``: (T, B, H), or (1, B, H)
-    where it is not ``kept``; ``rec``: (B, 3H), the product of the states before with ``weight``, (H, 3H), if not
-    computed here.
+    where it is not ``kept``; ``rec``: (B, 3H), the product of the states before with ``weight``, (H, 3H) in `panels`,
+    if not computed here.
     """
     size = h.shape[2]
     for t in range(first, last):
         before = h[t - 1] if t else h0
         if product:
             rec[start:stop] = 0
-            add_product(before, weight, rec, start, stop)
+            add_panels(before, weight, rec, start, stop)
         for b in range(start, stop):
             gates, old, new = a[t, b], before[b], h[t, b]
             _gru_row(gates, rec[b], bias, q[t * kept, b], size)
+            z, n = gates[size : 2 * size], gates[2 * size :]
             for i in range(size):
-                n = gates[2 * size + i]
-                new[i] = n + gates[size + i] * (old[i] - n)
+                new[i] = n[i] + z[i] * (old[i] - n[i])
 
 
 LOW = contiguous(2), contiguous(2), writes(3), writes(2)
@@ -110,12 +130,13 @@ LOW = contiguous(2), contiguous(2), writes(3), writes(2)
 
 @compiled(
     *[contiguous(3)] * 2,
-    reads(2),
-    *[reads(3)] * 2,
+    contiguous(2),
+    contiguous(3),
+    reads(3),
     contiguous(3),
     writes(2),
     writes(3),
-    contiguous(2),
+    contiguous(3),
     *LOW,
     writes(3),
     doubles,
@@ -152,22 +173,24 @@ def gru_steps(
     for t in range(last - 1, first - 1, -1):
         for b in range(start, stop):
             old = h[t - 1, b] if t else h0[b]
-            entering, g = dh[t, b], carry[b]
+            g = carry[b]
+            _enter(dh[t, b], g)
             if len(sizes):
-                _measure(g, entering, before[t, b], sizes[b])
+                _measure(g, before[t, b], sizes[b])
             r, z, n = gates[t, b, :size], gates[t, b, size : 2 * size], gates[t, b, 2 * size :]
-            own, candidate = d[t, b], q[t, b]
+            dn, dr, dz, dq = _quarters(d[t, b], size)
+            candidate = q[t, b]
             for i in range(size):
-                gi = g[i] + entering[i]
-                dn = gi * (one - z[i]) * (one - n[i] * n[i])
-                dq = dn * r[i]
+                gi = g[i]
+                dni = gi * (one - z[i]) * (one - n[i] * n[i])
+                dqi = dni * r[i]
                 g[i] = z[i] * gi
-                own[i] = dn
-                own[size + i] = dq * candidate[i] * (one - r[i])
-                own[2 * size + i] = gi * (old[i] - n[i]) * z[i] * (one - z[i])
-                own[3 * size + i] = dq
+                dn[i] = dni
+                dr[i] = dqi * candidate[i] * (one - r[i])
+                dz[i] = gi * (old[i] - n[i]) * z[i] * (one - z[i])
+                dq[i] = dqi
         if product == EXACT:
-            add_product(d[t, :, size:], weight, carry, start, stop)
+            add_panels(d[t, :, size:], weight, carry, start, stop)
         elif product == ROUND:
             for b in range(start, stop):
                 for i in range(size):
@@ -179,12 +202,12 @@ def gru_steps(
 @numba.njit(**OPTIONS)
 def _lstm_row(a, bias, size):  # type: ignore[no-untyped-def]
     """From pre-activations without bias to i, f, g, o, in their place."""
+    g, o, bias_g, bias_o = a[2 * size : 3 * size], a[3 * size :], bias[2 * size : 3 * size], bias[3 * size :]
     for n in range(2 * size):
         a[n] = logistic(a[n] + bias[n])
-    for n in range(2 * size, 3 * size):
-        a[n] = tanh(a[n] + bias[n])
-    for n in range(3 * size, 4 * size):
-        a[n] = logistic(a[n] + bias[n])
+    for n in range(size):
+        g[n] = tanh(g[n] + bias_g[n])
+        o[n] = logistic(o[n] + bias_o[n])
 
 
 @compiled(writes(2), contiguous(1), index, index)
@@ -195,7 +218,7 @@ def lstm_gates(a: np.ndarray, bias: np.ndarray, start: int, stop: int) -> None:
         _lstm_row(a[row], bias, size)
 
 
-@compiled(contiguous(3), reads(2), writes(3), index, index)
+@compiled(contiguous(3), contiguous(2), writes(3), index, index)
 def lstm_memory(gates: np.ndarray, c0: np.ndarray, c: np.ndarray, start: int, stop: int) -> None:
     """The states c from the gates, one step after another."""
     size = c.shape[2]
@@ -207,7 +230,7 @@ def lstm_memory(gates: np.ndarray, c0: np.ndarray, c: np.ndarray, start: int, st
                 now[n] = f[n] * before[n] + i[n] * g[n]
 
 
-@compiled(*[writes(3)] * 3, *[writes(2)] * 2, contiguous(2), contiguous(1), *[index] * 5)
+@compiled(*[writes(3)] * 3, *[writes(2)] * 2, contiguous(3), contiguous(1), *[index] * 5)
 def lstm_run(
     a: np.ndarray,
     h: np.ndarray,
@@ -228,24 +251,26 @@ def lstm_run(
     size = h.shape[2]
     for t in range(first, last):
         if product:
-            add_product(h[t - 1] if t else h0, weight, a[t], start, stop)
+            add_panels(h[t - 1] if t else h0, weight, a[t], start, stop)
         for b in range(start, stop):
             gates, before, now, new = a[t, b], c[t - 1, b] if t else c0[b], c[t, b], h[t, b]
             _lstm_row(gates, bias, size)
+            i, f, g, o = _quarters(gates, size)
             for n in range(size):
-                memory = gates[size + n] * before[n] + gates[n] * gates[2 * size + n]
+                memory = f[n] * before[n] + i[n] * g[n]
                 now[n] = memory
-                new[n] = gates[3 * size + n] * tanh(memory)
+                new[n] = o[n] * tanh(memory)
 
 
 @compiled(
     contiguous(3),
-    reads(2),
-    *[reads(3)] * 3,
+    contiguous(2),
+    contiguous(3),
+    *[reads(3)] * 2,
     contiguous(3),
     *[writes(2)] * 2,
     writes(3),
-    contiguous(2),
+    contiguous(3),
     *LOW,
     writes(3),
     doubles,
@@ -280,24 +305,28 @@ def lstm_steps(
     for t in range(last - 1, first - 1, -1):
         for b in range(start, stop):
             old, now = c[t - 1, b] if t else c0[b], c[t, b]
-            entering_h, entering_c, g_h, g_c, own = dh[t, b], dc[t, b], carry_h[b], carry_c[b], d[t, b]
+            g_h, g_c = carry_h[b], carry_c[b]
+            if len(dh):
+                _enter(dh[t, b], g_h)
+            if len(dc):
+                _enter(dc[t, b], g_c)
+            di, df, dg, do = _quarters(d[t, b], size)
             if len(sizes):
-                _measure(g_h, entering_h, before[t, b, :size], sizes[b])
-                _measure(g_c, entering_c, before[t, b, size:], sizes[b])
-            i, f = gates[t, b, :size], gates[t, b, size : 2 * size]
-            g, o = gates[t, b, 2 * size : 3 * size], gates[t, b, 3 * size :]
+                _measure(g_h, before[t, b, :size], sizes[b])
+                _measure(g_c, before[t, b, size:], sizes[b])
+            i, f, g, o = _quarters(gates[t, b], size)
             for n in range(size):
                 exposed = tanh(now[n])
-                gh = g_h[n] + entering_h[n]
-                gc = g_c[n] + entering_c[n] + gh * o[n] * (one - exposed * exposed)
-                own[n] = gc * g[n] * i[n] * (one - i[n])
-                own[size + n] = gc * old[n] * f[n] * (one - f[n])
-                own[2 * size + n] = gc * i[n] * (one - g[n] * g[n])
-                own[3 * size + n] = gh * exposed * o[n] * (one - o[n])
+                gh = g_h[n]
+                gc = g_c[n] + gh * o[n] * (one - exposed * exposed)
+                di[n] = gc * g[n] * i[n] * (one - i[n])
+                df[n] = gc * old[n] * f[n] * (one - f[n])
+                dg[n] = gc * i[n] * (one - g[n] * g[n])
+                do[n] = gh * exposed * o[n] * (one - o[n])
                 g_c[n] = f[n] * gc
                 g_h[n] = 0
         if product == EXACT:
-            add_product(d[t], weight, carry_h, start, stop)
+            add_panels(d[t], weight, carry_h, start, stop)
         elif product == ROUND:
             for b in range(start, stop):
                 for n in range(size):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hbp.backends._numba.arrays import empty, matrix
+from hbp.backends._numba.arrays import dense, empty
 from hbp.backends._numba.compile import Threads, as_numpy
 from hbp.backends._numba.loops import APART, EXACT, ROUND
 from hbp.backends._numba.tiles import BYTES
@@ -113,12 +113,12 @@ class _Round:
         batch, size = carries[0].shape
         state = cls.none(carries[0])
         if directions is not None:
-            left, right = _in_vectors(*map(matrix, directions.taken))
+            left, right = _in_vectors(*map(dense, directions.taken))
             low = np.zeros((length, batch, len(right)), left.dtype)
             state = cls(left, right, low, np.empty(low.shape[1:], low.dtype), state.before, state.sizes, [])
         if solver.tolerance is None and solver.watch is None:
             return state
-        largest = max(float(abs(array).max()) for array in map(as_numpy, entering)) if batch * size else 0.0
+        largest = max((float(abs(array).max()) for array in map(as_numpy, entering) if array.size), default=0.0)
         factor = 1 / largest if 0 < largest < np.inf else 1.0
         sizes = np.repeat([[factor, 0.0, 0.0]], batch, 0)
         before = np.zeros((length, batch, len(carries) * size), carries[0].dtype)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from hbp.backends._numba.compile import Threads, as_numpy, compiled, index, own_threads, reads, writes
+from hbp.backends._numba.compile import Threads, as_numpy, compiled, flag, index, own_threads, reads, writes
+from hbp.backends._numba.rows import packed, published, stream
 from hbp.core.operator import LinearOperator, Scalar
 
 TILE = 4096
 """Channels that go through time together: one step's result is still in the first cache at the next."""
 
 LARGE = 1 << 21
-"""Numbers in a fresh array from which on the threads see to its pages before they write it side by side."""
+"""Numbers from which on a result is written past the caches, and the threads see to a fresh array's pages first."""
+
+LONG = 256
+"""Numbers in a row, or in a thread's part of one, from which on both pays: its ends share lines with others."""
 
 
 def suffix_scan(
@@ -42,10 +47,11 @@ def suffix_scan(
         values = as_numpy(operator.arrays[0])
     else:
         values = np.asarray(operator.value if isinstance(operator, Scalar) else 1, c.dtype)
-    if out is None and g.size >= LARGE:
+    arrays = _planes(spread_out(values, c), c, g)
+    large = g.size >= LARGE
+    if out is None and large:
         (threads or own_threads()).run(partial(_touch(g.dtype), g.reshape(-1)), g.size, g.size)
-    arrays = _planes(spread_out(values, c)), _planes(c), _planes(g)
-    _over_channels(partial(_scan(g.dtype), *arrays), arrays[-1], threads)
+    _over_channels(partial(_scan(g.dtype), *arrays, large and arrays[-1].shape[-1] >= LONG), arrays[-1], threads)
     return g
 
 
@@ -54,7 +60,7 @@ def suffix_scan_(values: Any, g: Any, threads: Threads | None = None) -> None:
     g = as_numpy(g)
     if not g[1:].size:
         return
-    arrays = _planes(spread_out(as_numpy(values), g)), _planes(g)
+    arrays = _planes(spread_out(as_numpy(values), g), g)
     _over_channels(partial(_scan_in_place(g.dtype), *arrays), arrays[-1], threads)
 
 
@@ -65,45 +71,72 @@ def spread_out(values: np.ndarray, states: np.ndarray) -> np.ndarray:
     return np.broadcast_to(values, (len(states) - 1, *states.shape[1:]))
 
 
-def _planes(x: np.ndarray) -> np.ndarray:
-    """``x`` with two axes behind the first, as a view wherever the layout has one."""
-    if x.ndim < 3:
-        return x.reshape(len(x), 1, -1) if x.flags.c_contiguous else x[:, None, None] if x.ndim == 1 else x[:, None]
-    return x if x.ndim == 3 else x.reshape(len(x), -1, x.shape[-1])
+def _planes(*arrays: np.ndarray) -> list[np.ndarray]:
+    """Each with two axes behind the first, as views wherever the layouts have them: one row a step if all are dense."""
+    if all(x.flags.c_contiguous for x in arrays):
+        return [x.reshape(len(x), 1, -1) for x in arrays]
+    return [x.reshape(len(x), -1, x.shape[-1] if x.ndim > 1 else 1) for x in arrays]
 
 
-def _over_channels(run: Callable[[int, int, int, int], None], rows: np.ndarray, threads: Threads | None) -> None:
+def _over_channels(kernel: Callable[..., None], rows: np.ndarray, threads: Threads | None) -> None:
+    """Call it on parts of (m, n) for the threads, none of which goes through memory in short pieces."""
     _, m, n = rows.shape
     threads = threads or own_threads()
+    threads = replace(threads, count=min(threads.count, max(m * n // LONG, 1)))
+
+    def run(first: int, last: int, start: int, stop: int) -> None:
+        kernel(first, last, start, stop, np.empty((last - first + 2, min(stop - start, TILE)), rows.dtype))
+
     if m >= threads.count:
-        threads.run(lambda start, stop: run(start, stop, 0, n), m, rows.size)
+        threads.run(lambda first, last: run(first, last, 0, n), m, rows.size)
     else:
         threads.run(partial(run, 0, m), n, rows.size)
 
 
-@compiled(reads(3), reads(3), writes(3), index, index, index, index)
-def _scan(values: np.ndarray, c: np.ndarray, g: np.ndarray, first: int, last: int, start: int, stop: int) -> None:
+@compiled(reads(3), reads(3), writes(3), flag, index, index, index, index, writes(2))
+def _scan(
+    values: np.ndarray,
+    c: np.ndarray,
+    g: np.ndarray,
+    streamed: bool,
+    first: int,
+    last: int,
+    start: int,
+    stop: int,
+    room: np.ndarray,
+) -> None:
+    """``room``: (last - first + 2, tile), for a step's states, as those in g may be past the caches, and two rows."""
     length = values.shape[0]
     for left in range(start, stop, TILE):
         right = min(left + TILE, stop)
         for m in range(first, last):
             for n in range(left, right):
-                g[length, m, n] = c[length, m, n]
+                room[m - first, n - left] = g[length, m, n] = c[length, m, n]
         for i in range(length - 1, -1, -1):
             for m in range(first, last):
-                value, source, new, old = values[i, m], c[i, m], g[i, m], g[i + 1, m]
-                for n in range(left, right):
-                    new[n] = value[n] * old[n] + source[n]
+                value, source = packed(values[i, m, left:right], room[-1]), packed(c[i, m, left:right], room[-2])
+                new, state = g[i, m, left:right], room[m - first, : right - left]
+                if streamed:
+                    for n in range(right - left):
+                        state[n] = value[n] * state[n] + source[n]
+                    stream(state, new)
+                else:
+                    for n in range(right - left):
+                        state[n] = new[n] = value[n] * state[n] + source[n]
+    published()
 
 
-@compiled(reads(3), writes(3), index, index, index, index)
-def _scan_in_place(values: np.ndarray, g: np.ndarray, first: int, last: int, start: int, stop: int) -> None:
+@compiled(reads(3), writes(3), index, index, index, index, writes(2))
+def _scan_in_place(
+    values: np.ndarray, g: np.ndarray, first: int, last: int, start: int, stop: int, room: np.ndarray
+) -> None:
     for left in range(start, stop, TILE):
         right = min(left + TILE, stop)
         for i in range(values.shape[0] - 1, -1, -1):
             for m in range(first, last):
-                value, new, old = values[i, m], g[i, m], g[i + 1, m]
-                for n in range(left, right):
+                value = packed(values[i, m, left:right], room[-1])
+                new, old = g[i, m, left:right], g[i + 1, m, left:right]
+                for n in range(right - left):
                     new[n] += value[n] * old[n]
 
 

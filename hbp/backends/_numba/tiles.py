@@ -1,8 +1,9 @@
 """Small matrix products with sums that stay in vector registers.
 
-A tile of the sums, some rows by some vectors of 64 bytes, is loaded once, gets all its products, and is stored once;
-LLVM makes of these vectors whatever registers the processor has. A loop over columns that it vectorises itself loads
-and stores the sums again and again, and was 1.1 to 2.5 times slower.
+A tile of the sums, some rows by some vectors, is loaded once, gets all its products, and is stored once. A loop over
+columns that LLVM vectorises itself loads and stores the sums again and again, and was 1.1 to 2.5 times slower. A tile
+and what it multiplies fill the registers and no more: sixteen of 32 bytes, or, with AVX-512, thirty-two of 64; sums
+that went through memory took twice the time.
 """
 
 # ruff: noqa: ARG001 - parameters that Numba wants there
@@ -12,12 +13,33 @@ from itertools import product
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-BYTES = 64
+from hbp.backends._tuning import vector_bytes
+
+BYTES = vector_bytes()
 """Of a vector."""
+
+PANEL = 256
+"""Bytes of a row of a panel."""
+
+WIDEST = {4: 2, 2: 4, 1: PANEL // BYTES}
+"""The vectors of a tile of so many rows."""
+
+
+def panels(weight: np.ndarray) -> np.ndarray:
+    """The columns of a matrix (K, N) in panels side by side, (P, K, some), the last filled up with zeros.
+
+    A panel is read from its first number to its last; going down a large matrix's columns took up to twice the time.
+    """
+    (length, width), most = weight.shape, PANEL // weight.itemsize
+    count = -(-width // most)
+    whole = np.zeros((length, count * most), weight.dtype)
+    whole[:, :width] = weight
+    return np.ascontiguousarray(whole.reshape(length, count, most).swapaxes(0, 1))
 
 
 def _tile(height: int, width: int) -> Any:
@@ -93,35 +115,48 @@ def _spread(builder: Any, number: Any, vector: Any) -> Any:
     return builder.shuffle_vector(alone, empty, ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None))
 
 
-_four_by_two, _two_by_four, _one_by_four = _tile(4, 2), _tile(2, 4), _tile(1, 4)
+_four_wide, _two_wide, _one_wide = (_tile(height, width) for height, width in WIDEST.items())
 _four, _two, _one = _tile(4, 1), _tile(2, 1), _tile(1, 1)
+WIDE_FOUR, WIDE_TWO, WIDE_ONE = WIDEST.values()
 
 
 @numba.njit(inline="always")
 def add_product(rows, weight, sums, start, stop):  # type: ignore[no-untyped-def]
-    """``sums[start:stop] += rows[start:stop] @ weight``, of float32 or float64, rows and columns contiguous."""
-    lanes, width = BYTES // sums.itemsize, weight.shape[1]
+    """``sums[start:stop] += rows[start:stop] @ weight``, of float32 or float64, rows and columns contiguous; columns of
+    the weight beyond those of the sums count for nothing.
+    """
+    lanes, width = BYTES // sums.itemsize, sums.shape[1]
     full = width - width % lanes
-    by_two, by_four = width - width % (2 * lanes), width - width % (4 * lanes)
     four = stop - (stop - start) % 4
     two = stop - (stop - start) % 2
+    wide = width - width % (WIDE_FOUR * lanes)
     for b in range(start, four, 4):
-        for i in range(0, by_two, 2 * lanes):
-            _four_by_two(rows, weight, sums, b, i)
-        for i in range(by_two, full, lanes):
+        for i in range(0, wide, WIDE_FOUR * lanes):
+            _four_wide(rows, weight, sums, b, i)
+        for i in range(wide, full, lanes):
             _four(rows, weight, sums, b, i)
+    wide = width - width % (WIDE_TWO * lanes)
     for b in range(four, two, 2):
-        for i in range(0, by_four, 4 * lanes):
-            _two_by_four(rows, weight, sums, b, i)
-        for i in range(by_four, full, lanes):
+        for i in range(0, wide, WIDE_TWO * lanes):
+            _two_wide(rows, weight, sums, b, i)
+        for i in range(wide, full, lanes):
             _two(rows, weight, sums, b, i)
+    wide = width - width % (WIDE_ONE * lanes)
     for b in range(two, stop):
-        for i in range(0, by_four, 4 * lanes):
-            _one_by_four(rows, weight, sums, b, i)
-        for i in range(by_four, full, lanes):
+        for i in range(0, wide, WIDE_ONE * lanes):
+            _one_wide(rows, weight, sums, b, i)
+        for i in range(wide, full, lanes):
             _one(rows, weight, sums, b, i)
     for b in range(start, stop):
         for j in range(weight.shape[0]):
             a, w, g = rows[b, j], weight[j], sums[b]
             for i in range(full, width):
                 g[i] += a * w[i]
+
+
+@numba.njit(inline="always")
+def add_panels(rows, weight, sums, start, stop):  # type: ignore[no-untyped-def]
+    """`add_product` with a weight in `panels`."""
+    most = PANEL // sums.itemsize
+    for p in range(weight.shape[0]):
+        add_product(rows, weight[p], sums[:, p * most : (p + 1) * most], start, stop)
