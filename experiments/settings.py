@@ -186,11 +186,15 @@ LAPTOP: dict[str, Callable[[], Problem]] = {
     ),
     "adding-256": lambda: Problem(
         "GRU, adding problem", Adding(256), RecurrentClassifier("gru", 2, 1),
-        Training("adam", 5e-3, 600, 32, warmup=60, clip=1.0),
+        Training("adam", 5e-3, 400, 32, warmup=40, clip=1.0),
+    ),
+    "adding-256-wide": lambda: Problem(
+        "GRU of 256 units, adding problem", Adding(256), RecurrentClassifier("gru", 2, 1, 256),
+        Training("adam", 3e-3, 250, 8, warmup=25, clip=1.0),
     ),
     "adding-256-lstm": lambda: Problem(
         "LSTM, adding problem", Adding(256), RecurrentClassifier("lstm", 2, 1, remembers=256),
-        Training("adam", 6e-3, 1000, 32, warmup=75, clip=0.3),
+        Training("adam", 6e-3, 900, 32, warmup=75, clip=0.3),
     ),
 }  # fmt: skip
 """Models of the same kinds on data that need no network, and those that the paper has not."""

@@ -80,11 +80,11 @@ def test_ranks_are_judged_by_accuracy_and_rounds():
 
     def verdict(accuracy: float, rounds: float) -> bool | None:
         records = {}
-        for run in ranks.work(request):
+        for run in ranks.EXPERIMENT.work(request):
             if run.task == "pixels":
                 one = record(accuracy if run.method in (ranks.RANK, ranks.AUTO) else 0.8)
                 records[run.key] = {**one, "rounds_mean": rounds}
-        return ranks.section(request, records).claims[0].agrees
+        return ranks.EXPERIMENT.section(request, records).claims[0].agrees
 
     assert verdict(0.795, 3.9) is True
     assert verdict(0.785, 3.9) is False
