@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from experiments import catalog
@@ -62,7 +63,9 @@ def _sections(request: Request, records: Mapping[str, Record]) -> Iterator[tuple
         works = one.work(request)
         own = {work.key: records[work.key] for work in works if work.key in records}
         if works and {work.what for work in works} == {work.what for work in works if work.key in own}:
-            yield one, one.section(request, own)
+            section = one.section(request, own)
+            spent = f"{_minutes(own):.0f} minutes of work, shared with others where they need the same runs."
+            yield one, replace(section, text="\n\n".join(filter(None, (section.text, spent))))
 
 
 def _text(
@@ -87,6 +90,10 @@ def _text(
         yield from (f"![{name}]({name}.png)" for name in section.figures)
 
 
+def _minutes(records: Mapping[str, Record]) -> float:
+    return float(sum(record["performed_s"] for record in records.values())) / 60
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
@@ -106,10 +113,10 @@ def _where(document: Record, records: Mapping[str, Record]) -> str:
     dates = sorted(record["date"][:10] for record in records.values())
     seeds = len({record["seed"] for record in records.values() if "seed" in record})
     versions = ", ".join(f"{name} {version}" for name, version in there["versions"].items())
-    minutes = sum(record["performed_s"] for record in records.values()) / 60
     return (
         f"Preset {request['preset']}, {request['backend']}, threads of each: {request['threads']}, seeds: {seeds}, "
-        f"{len(records)} records, {minutes:.0f} minutes of work in all.{STAND_INS.get(request['preset'], '')} "
+        f"{len(records)} records, {_minutes(records):.0f} minutes of work in all."
+        f"{STAND_INS.get(request['preset'], '')} "
         f"{there['processor']}, {there['cores']} cores, Python {there['python']}; {versions}; commit {commits}; "
         f"{dates[0]} to {dates[-1]}. Made from the JSON in `records` and `{DOCUMENT}` by "
         "`python -m experiments report`."

@@ -15,10 +15,9 @@ from typing import Any, cast
 import numpy as np
 
 from hbp.backends._numba import loops
-from hbp.backends._numba.arrays import dense, empty, gru_bias, in_loop, lstm_bias, rows_of, zeros
+from hbp.backends._numba.arrays import dense, empty, for_loop, gru_bias, in_loop, lstm_bias, rows_of, zeros
 from hbp.backends._numba.compile import Threads, as_numpy, own_threads
 from hbp.backends._numba.passes import Loop, Span
-from hbp.backends._numba.tiles import panels
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 from hbp.cells._common import matmul, previous
 from hbp.core.backend import Array
@@ -169,8 +168,7 @@ def _back(
     carry, length = carries[0], len(x)
     batch, size = carry.shape
     looped = in_loop(f"{'gru' if isinstance(pullback, GRUPullback) else 'lstm'} backward", backend, batch, size)
-    whole = dense(params.weight_hh)
-    weight = panels(whole if looped and how.solver.exact else whole[:0, :0])
+    weight = for_loop(params.weight_hh, looped and how.solver.exact)
     most = max(SPAN // max(4 * size * batch, 1), 8) if how.solver.exact else length
     d = empty(carry, (min(most, length), batch, 4 * size))
     inputs, recurrent = empty(carry, params.weight_ih.shape), empty(carry, params.weight_hh.shape)

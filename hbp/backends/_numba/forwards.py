@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from hbp.backends._numba import loops
-from hbp.backends._numba.arrays import empty, gru_bias, in_loop, lstm_bias
+from hbp.backends._numba.arrays import empty, for_loop, gru_bias, in_loop, lstm_bias
 from hbp.backends._numba.compile import Threads, as_numpy, own_threads
-from hbp.backends._numba.tiles import panels
 from hbp.cells import GRUParameters, LSTMParameters
 from hbp.cells._common import matmul
 from hbp.core.backend import Array
@@ -36,7 +35,9 @@ def gru_forward(
     rec = empty(h0, (batch, 3 * size))
     dtype, compiled = as_numpy(a).dtype, in_loop("gru forward", backend, batch, size)
     arrays = map(as_numpy, (a, q, h, np.array(as_numpy(h0), order="C"), rec))
-    run = partial(loops.gru_run(dtype), *arrays, _weight(params, compiled), gru_bias(params, dtype), int(keep))
+    run = partial(
+        loops.gru_run(dtype), *arrays, for_loop(params.weight_hh.T, compiled), gru_bias(params, dtype), int(keep)
+    )
     if compiled:
         threads.run(partial(run, 1, 0, length), batch, length * batch * 3 * size * size)
     else:
@@ -59,7 +60,7 @@ def lstm_forward(
     a, h, c = matmul(x, params.weight_ih.T), empty(h0, (length, batch, size)), empty(h0, (length, batch, size))
     dtype, compiled = as_numpy(a).dtype, in_loop("lstm forward", backend, batch, size)
     states = (np.array(as_numpy(state), order="C") for state in (h0, c0))
-    arrays = (*map(as_numpy, (a, h, c)), *states, _weight(params, compiled), lstm_bias(params, dtype))
+    arrays = (*map(as_numpy, (a, h, c)), *states, for_loop(params.weight_hh.T, compiled), lstm_bias(params, dtype))
     run = partial(loops.lstm_run(dtype), *arrays)
     if compiled:
         threads.run(partial(run, 1, 0, length), batch, length * batch * 4 * size * size)
@@ -68,9 +69,3 @@ def lstm_forward(
             backend.add_product(a[t], h[t - 1] if t else h0, params.weight_hh.T)
             run(0, t, t + 1, 0, batch)
     return h, c, a
-
-
-def _weight(params: GRUParameters | LSTMParameters, compiled: bool) -> np.ndarray:
-    """The recurrent weights as the loop wants them, those of (H, 4H); nothing where it does without."""
-    weight = as_numpy(params.weight_hh)
-    return panels(weight.T if compiled else weight[:0, :0])

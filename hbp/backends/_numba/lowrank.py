@@ -10,6 +10,7 @@ import numba
 import numpy as np
 
 from hbp.backends._numba.compile import Threads, as_numpy, compiled, contiguous, index, own_threads, reads, writes
+from hbp.backends._numba.rows import packed
 from hbp.backends._numba.scan import spread_out
 from hbp.backends._numba.tiles import add_product
 from hbp.core.operator import Identity, LinearOperator, Pair, Scalar
@@ -37,8 +38,8 @@ def low_rank_scan(operator: LowRank, c: Any, threads: Threads | None = None) -> 
     states = g.reshape((len(c), math.prod(batch), size))
     path = [spread_out(values, c).reshape(states[1:].shape) for values in _path(operator.path, c)]
     down, up = (_by_sequence(as_numpy(x).swapaxes(-1, -2), batch) for x in (operator.right, operator.left))
-    low = np.empty((states.shape[1], operator.rank), c.dtype)
-    run = partial(_scan(c.dtype), path[0], path[-1], down, up, low, states, size // 2 if paired else 0)
+    low, room = (np.empty((states.shape[1], width), c.dtype) for width in (operator.rank, size))
+    run = partial(_scan(c.dtype), path[0], path[-1], down, up, low, room, states, size // 2 if paired else 0)
     (threads or own_threads()).run(run, states.shape[1], 2 * g.size * (operator.rank + 1))
     return g
 
@@ -71,27 +72,32 @@ def _add_products(rows, weights, sums, start, stop):  # type: ignore[no-untyped-
         add_product(rows, weights[b if own else 0], sums, b, b + step)
 
 
-@compiled(reads(3), reads(3), contiguous(4), contiguous(4), writes(2), writes(3), *[index] * 3)
+@compiled(reads(3), reads(3), contiguous(4), contiguous(4), writes(2), writes(2), writes(3), *[index] * 3)
 def _scan(
     values: np.ndarray,
     others: np.ndarray,
     down: np.ndarray,
     up: np.ndarray,
     low: np.ndarray,
+    room: np.ndarray,
     g: np.ndarray,
     half: int,
     start: int,
     stop: int,
 ) -> None:
-    """In place, of the sequences from ``start`` on; ``half``: the units of a `Pair`, 0 along another path."""
+    """In place, of the sequences from ``start`` on; ``half``: the units of a `Pair`, 0 along another path.
+
+    ``low``, (B, r), and ``room``, (B, width), are for one step's numbers.
+    """
     for i in range(values.shape[0] - 1, -1, -1):
         for b in range(start, stop):
-            value, other, old, new = values[i, b], others[i, b], g[i + 1, b], g[i, b]
+            value, old, new = packed(values[i, b], room[b]), g[i + 1, b], g[i, b]
             if half:
+                other, second, third, fourth = others[i, b], value[half:], old[half:], new[half:]
                 for n in range(half):
-                    s = other[n] * old[n] + other[half + n] * old[half + n]
+                    s = other[n] * old[n] + other[half + n] * third[n]
                     new[n] += value[n] * s
-                    new[half + n] += value[half + n] * s
+                    fourth[n] += second[n] * s
             else:
                 for n in range(g.shape[2]):
                     new[n] += value[n] * old[n]

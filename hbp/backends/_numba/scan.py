@@ -51,7 +51,8 @@ def suffix_scan(
     large = g.size >= LARGE
     if out is None and large:
         (threads or own_threads()).run(partial(_touch(g.dtype), g.reshape(-1)), g.size, g.size)
-    _over_channels(partial(_scan(g.dtype), *arrays, large and arrays[-1].shape[-1] >= LONG), arrays[-1], threads)
+    streamed = large and g.flags.aligned and arrays[-1].shape[-1] >= LONG
+    _over_channels(partial(_scan(g.dtype), *arrays, streamed), arrays[-1], threads)
     return g
 
 

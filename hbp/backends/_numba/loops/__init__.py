@@ -1,0 +1,30 @@
+"""The loops of the GRU and the LSTM: forward, gates alone, and the way back from one state's cotangent to the last.
+
+All arrays hold the gates side by side on their last axis; the recurrent weights come in `panels`. The way back is exact
+where each step adds its product with the weights, a round of Highway-BP where what was pulled back before is added
+instead (`EXACT`, `ROUND`). In a round strong directions of the weights are part of the residual path: ``left``, (N, r),
+``right``, (r, H), with ``low``, (T, B, r), the last round's ``d left``, which what was pulled back holds as well; r = 0
+where there are none. A round may also measure what it changes: from ``before``, the last round's cotangents of the
+states, it adds to ``sizes``, (B, 3), behind a factor, the sums of squares of change and whole times that factor; (0, 3)
+where nobody asks.
+
+Numba compiles a file's loops anew when it has changed, not when `parts`, `functions`, `rows` or `tiles` alone
+has, whose code is compiled into them: who works on those deletes the cached code (``__pycache__/*.nb?``).
+"""
+
+from hbp.backends._numba.loops.gru import gru_gates, gru_run, gru_steps
+from hbp.backends._numba.loops.lstm import lstm_gates, lstm_memory, lstm_run, lstm_steps
+from hbp.backends._numba.loops.parts import APART, EXACT, ROUND
+
+__all__ = [
+    "APART",
+    "EXACT",
+    "ROUND",
+    "gru_gates",
+    "gru_run",
+    "gru_steps",
+    "lstm_gates",
+    "lstm_memory",
+    "lstm_run",
+    "lstm_steps",
+]
