@@ -23,7 +23,7 @@ TASKS = {"pixels": EVERY, "pixels-lstm": FEW, "pixels-256": FEW, "pixels-lstm-25
 
 
 def compared(name: str, title: str, tasks: Mapping[str, Sequence[Backward]]) -> Experiment:
-    """Exact backprop, the gate alone, chunks, and ranks with a tolerance, on some tasks."""
+    """Exact backprop beside ranks with a tolerance, and whatever else is given, on some tasks."""
 
     def work(request: Request) -> list[Run]:
         return runs(request, tasks)

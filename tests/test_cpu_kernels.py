@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import cycle, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,10 +31,9 @@ from hbp.core.scan import sequential
 pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 import numba
 
-from hbp.backends import _numba
+from hbp.backends import _numba, _tuning
 from hbp.backends._numba import adjoints, compile, lowrank, scan
 from hbp.backends._numba.compile import Threads
-from hbp.backends._numba.tiles import add_panels, add_product, panels
 from hbp.backends._tuning import pinned
 
 LENGTHS = (1, 2, 3, 17, 127, 128, 129, 1000)
@@ -287,20 +288,27 @@ def test_cells_run_under_autocast(cell, rng):
     close([g.float() for g in found], expected, 4e-2)
 
 
+@pytest.mark.parametrize("width", [32, 64])
 @both_dtypes
-def test_products_in_tiles(dtype, rng):
-    """Every height and width of a tile and what is left beside it, on rows of a larger array, from the second on."""
+def test_products_in_tiles(dtype, width, monkeypatch, rng):
+    """Every height and width of a tile and what is left beside it, on rows of a larger array, from the second on.
+
+    Of both widths of a vector: LLVM makes of them what the processor has.
+    """
+    monkeypatch.setattr(_tuning, "vector_bytes", lambda: width)
+    tiles = runpy.run_path(str(Path(_numba.__file__).with_name("tiles.py")))
+    add_product, add_panels, panels = (tiles[name] for name in ("add_product", "add_panels", "panels"))
     whole = numba.njit(lambda rows, weight, sums, start, stop: add_product(rows, weight, sums, start, stop))
     in_panels = numba.njit(lambda rows, weight, sums, start, stop: add_panels(rows, weight, sums, start, stop))
-    for batch, length, width in product(range(9), (0, 1, 5), (0, 1, 7, 8, 16, 17, 31, 33, 64, 72, 129)):
+    for batch, length, columns in product(range(9), (0, 1, 5), (0, 1, 7, 8, 16, 17, 31, 33, 64, 72, 129)):
         rows = rng.standard_normal((batch, length + 2)).astype(dtype)[:, 1 : length + 1]
-        weight, sums = (rng.standard_normal((n, width)).astype(dtype) for n in (length, batch))
+        weight, sums = (rng.standard_normal((n, columns)).astype(dtype) for n in (length, batch))
         expected = np.vstack([sums[:1], sums[1:] + rows[1:] @ weight])
         for add, given in ((whole, weight), (in_panels, panels(weight))):
             found = np.concatenate([sums, np.full_like(sums, 7)], 1)  # beside the sums nothing is written
-            add(rows, given, found[:, :width], min(1, batch), batch)
-            np.testing.assert_allclose(found[:, :width], expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-            assert (found[:, width:] == 7).all()
+            add(rows, given, found[:, :columns], min(1, batch), batch)
+            np.testing.assert_allclose(found[:, :columns], expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+            assert (found[:, columns:] == 7).all()
 
 
 @both_cells

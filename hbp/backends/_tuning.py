@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field
 from errno import EISDIR
 from functools import cache, lru_cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import MappingProxyType
@@ -157,9 +156,10 @@ def shipped() -> Path:
 @cache
 def vector_bytes() -> int:
     """Bytes in this processor's widest vectors, as far as compiled loops care: 64 with AVX-512, else 32."""
-    if find_spec("llvmlite") is None:
+    try:
+        features = import_module("llvmlite.binding").get_host_cpu_features()
+    except (ImportError, OSError):  # without a compiler there are no such loops
         return 32
-    features = import_module("llvmlite.binding").get_host_cpu_features()
     return 64 if features.get("avx512f") else 32
 
 

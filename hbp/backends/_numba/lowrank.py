@@ -38,7 +38,8 @@ def low_rank_scan(operator: LowRank, c: Any, threads: Threads | None = None) -> 
     states = g.reshape((len(c), math.prod(batch), size))
     path = [spread_out(values, c).reshape(states[1:].shape) for values in _path(operator.path, c)]
     down, up = (_by_sequence(as_numpy(x).swapaxes(-1, -2), batch) for x in (operator.right, operator.left))
-    low, room = (np.empty((states.shape[1], width), c.dtype) for width in (operator.rank, size))
+    low = np.empty((states.shape[1], operator.rank), c.dtype)
+    room = np.empty((2 * len(low), size), c.dtype)
     run = partial(_scan(c.dtype), path[0], path[-1], down, up, low, room, states, size // 2 if paired else 0)
     (threads or own_threads()).run(run, states.shape[1], 2 * g.size * (operator.rank + 1))
     return g
@@ -87,17 +88,18 @@ def _scan(
 ) -> None:
     """In place, of the sequences from ``start`` on; ``half``: the units of a `Pair`, 0 along another path.
 
-    ``low``, (B, r), and ``room``, (B, width), are for one step's numbers.
+    ``low``, (B, r), and ``room``, (2 B, width), are for one step's numbers.
     """
     for i in range(values.shape[0] - 1, -1, -1):
         for b in range(start, stop):
             value, old, new = packed(values[i, b], room[b]), g[i + 1, b], g[i, b]
             if half:
-                other, second, third, fourth = others[i, b], value[half:], old[half:], new[half:]
+                other = packed(others[i, b], room[len(low) + b])
+                value2, other2, old2, new2 = value[half:], other[half:], old[half:], new[half:]
                 for n in range(half):
-                    s = other[n] * old[n] + other[half + n] * third[n]
+                    s = other[n] * old[n] + other2[n] * old2[n]
                     new[n] += value[n] * s
-                    fourth[n] += second[n] * s
+                    new2[n] += value2[n] * s
             else:
                 for n in range(g.shape[2]):
                     new[n] += value[n] * old[n]

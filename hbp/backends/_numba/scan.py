@@ -83,12 +83,14 @@ def _over_channels(kernel: Callable[..., None], rows: np.ndarray, threads: Threa
     """Call it on parts of (m, n) for the threads, none of which goes through memory in short pieces."""
     _, m, n = rows.shape
     threads = threads or own_threads()
-    threads = replace(threads, count=min(threads.count, max(m * n // LONG, 1)))
+    count = min(threads.count, max(m * n // LONG, 1))
+    by_rows = m >= count
+    threads = replace(threads, count=count if by_rows else min(count, max(n // LONG, 1)))
 
     def run(first: int, last: int, start: int, stop: int) -> None:
         kernel(first, last, start, stop, np.empty((last - first + 2, min(stop - start, TILE)), rows.dtype))
 
-    if m >= threads.count:
+    if by_rows:
         threads.run(lambda first, last: run(first, last, 0, n), m, rows.size)
     else:
         threads.run(partial(run, 0, m), n, rows.size)

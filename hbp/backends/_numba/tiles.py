@@ -36,10 +36,11 @@ def panels(weight: np.ndarray) -> np.ndarray:
     A panel is read from its first number to its last; going down a large matrix's columns took up to twice the time.
     """
     (length, width), most = weight.shape, PANEL // weight.itemsize
-    count = -(-width // most)
-    whole = np.zeros((length, count * most), weight.dtype)
-    whole[:, :width] = weight
-    return np.ascontiguousarray(whole.reshape(length, count, most).swapaxes(0, 1))
+    found = np.zeros((-(-width // most), length, most), weight.dtype)
+    for panel, first in zip(found, range(0, width, most), strict=True):
+        part = weight[:, first : first + most]
+        panel[:, : part.shape[1]] = part
+    return found
 
 
 def _tile(height: int, width: int) -> Any:
