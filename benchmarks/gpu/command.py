@@ -61,7 +61,9 @@ def _parser(steps: Sequence[Step]) -> argparse.ArgumentParser:
         + ". Each step runs in a process of its own with a time limit and writes STEP.json after every part; a later "
         "call with the same folder goes on. Ends with a page, gpu.md, and plots where matplotlib is installed.",
     )
-    parser.add_argument("--minutes", type=float, help="to spend in all (default: 25; in a rehearsal 5)")
+    parser.add_argument(
+        "--minutes", type=float, help="to spend in all (default: 25; in a rehearsal what the steps may take)"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="(default: benchmarks/results/gpu; in a rehearsal hbp-rehearsal)"
     )
@@ -82,7 +84,7 @@ def _check(options: argparse.Namespace, chosen: Sequence[Step]) -> None:
         RuntimeError: no device.
     """
     if options.minutes is None:
-        options.minutes = 5.0 if options.rehearse else 25.0
+        options.minutes = sum(step.rehearsed for step in chosen) / 60 if options.rehearse else 25.0
     if options.out is None:
         options.out = Path("hbp-rehearsal" if options.rehearse else "benchmarks/results/gpu")
     first, needed = chosen[0], chosen[0].limit(options.rehearse) / 60

@@ -23,7 +23,12 @@ from benchmarks.gpu.record import COMPLETE, OUT_OF_TIME, Record
 from benchmarks.gpu.steps import Part, Step, There, WrongError
 from hbp.backends import _measured
 
-REHEARSAL = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"}
+REHEARSAL = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # of programs that run once
+    "TRITON_INTERPRET": "1",
+}
 MARGIN = 3.0
 """Seconds before its limit at which a process begins no more parts."""
 PARENT_DEATH = 1
