@@ -7,7 +7,7 @@ import numpy as np
 
 from hbp.backends._numba.compile import compiled, contiguous, doubles, index, reads, writes
 from hbp.backends._numba.functions import OPTIONS, logistic, tanh
-from hbp.backends._numba.loops.parts import EXACT, LOW, ROUND, add_directions, enter, measure, quarters
+from hbp.backends._numba.loops.parts import LOW, add_pulled, enter, measure, quarters
 from hbp.backends._numba.tiles import add_panels
 
 
@@ -126,11 +126,4 @@ def gru_steps(
                 dr[i] = dqi * candidate[i] * (one - r[i])
                 dz[i] = gi * (old[i] - n[i]) * z[i] * (one - z[i])
                 dq[i] = dqi
-        if product == EXACT:
-            add_panels(d[t, :, size:], weight, carry, start, stop)
-        elif product == ROUND:
-            for b in range(start, stop):
-                for i in range(size):
-                    carry[b, i] += pulled[t, b, i]
-        if left.shape[1]:
-            add_directions(d[t, :, size:], left, right, low[t], fresh, carry, start, stop)
+        add_pulled(d[t, :, size:], weight, pulled, left, right, low, fresh, carry, product, t, start, stop)

@@ -7,7 +7,7 @@ import numpy as np
 
 from hbp.backends._numba.compile import compiled, contiguous, doubles, index, reads, writes
 from hbp.backends._numba.functions import OPTIONS, logistic, tanh
-from hbp.backends._numba.loops.parts import EXACT, LOW, ROUND, add_directions, enter, measure, quarters
+from hbp.backends._numba.loops.parts import LOW, add_pulled, enter, measure, quarters
 from hbp.backends._numba.tiles import add_panels
 
 
@@ -137,11 +137,4 @@ def lstm_steps(
                 do[n] = gh * exposed * o[n] * (one - o[n])
                 g_c[n] = f[n] * gc
                 g_h[n] = 0
-        if product == EXACT:
-            add_panels(d[t], weight, carry_h, start, stop)
-        elif product == ROUND:
-            for b in range(start, stop):
-                for n in range(size):
-                    carry_h[b, n] = pulled[t, b, n]
-        if left.shape[1]:
-            add_directions(d[t], left, right, low[t], fresh, carry_h, start, stop)
+        add_pulled(d[t], weight, pulled, left, right, low, fresh, carry_h, product, t, start, stop)

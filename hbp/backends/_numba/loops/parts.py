@@ -7,7 +7,7 @@ import numba
 from hbp.backends._numba.compile import contiguous, writes
 from hbp.backends._numba.functions import OPTIONS
 from hbp.backends._numba.rows import contiguous_row
-from hbp.backends._numba.tiles import add_product
+from hbp.backends._numba.tiles import add_panels, add_product
 
 APART, EXACT, ROUND = 0, 1, 2
 """Where the product with the weights comes from: it is added between calls, or here, or taken from the round before."""
@@ -20,6 +20,19 @@ LOW = contiguous(2), contiguous(2), writes(3), writes(2)
 def quarters(row, size):  # type: ignore[no-untyped-def]
     """A row of four gates' numbers as four."""
     return row[:size], row[size : 2 * size], row[2 * size : 3 * size], row[3 * size : 4 * size]
+
+
+@numba.njit(**OPTIONS)
+def add_pulled(d, weight, pulled, left, right, low, fresh, carry, product, t, start, stop):  # type: ignore[no-untyped-def]
+    """Add to ``carry`` what ``d``, step t's, gives the state before through the weights, or gave it a round ago."""
+    if product == EXACT:
+        add_panels(d, weight, carry, start, stop)
+    elif product == ROUND:
+        for b in range(start, stop):
+            for i in range(carry.shape[1]):
+                carry[b, i] += pulled[t, b, i]
+    if left.shape[1]:
+        add_directions(d, left, right, low[t], fresh, carry, start, stop)
 
 
 @numba.njit(**OPTIONS)
