@@ -7,10 +7,16 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64 parity; hbp itself never touches JAX's configuration
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of programs that run once, for a moment
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all processes of a session
+    _compiled = TemporaryDirectory(prefix="hbp-jax-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 os.environ.setdefault("HBP_TUNED", "shipped")  # whatever was measured on this machine
 
@@ -121,6 +127,13 @@ def library(request: pytest.FixtureRequest) -> Library:
     if required and request.param not in required:
         pytest.skip(f"a test of {request.param}, and --backends names {', '.join(required)}")
     return _library(request.param, bool(required))
+
+
+@pytest.fixture
+def once(request: pytest.FixtureRequest) -> None:
+    """For what no array library takes part in: it is not run again beside one."""
+    if "," in request.config.getoption("--backends"):
+        pytest.skip("no array library takes part: the session of NumPy alone runs this")
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ pytest.importorskip("rich", reason="the benchmarks show their progress with rich
 from benchmarks import __main__ as command
 from benchmarks import blocks, cases, crossover, measure, memory, rank, report, rnn, scan, stack
 
+alone = pytest.mark.usefixtures("once")
 GRU = {"cell": "gru", "T": 20, "B": 2, "H": 4, "weights": 1.0}
 LSTM = {**GRU, "cell": "lstm"}
 
@@ -36,7 +37,9 @@ def run(library, tmp_path, *tables):
     return status, {table: json.loads((tmp_path / f"{table}.json").read_text()) for table in tables}
 
 
-def test_every_row_is_checked_and_timed(library, tmp_path, monkeypatch):
+def test_every_row_is_checked_and_timed(library, tmp_path, monkeypatch, request):
+    if library.name == "numpy":
+        request.getfixturevalue("once")
     for table in (rnn, stack):
         monkeypatch.setattr(table, "ITERATIONS", (0, 3))  # in JAX each k is compiled anew, in every method
     tables = ["scan", "rnn"]
@@ -59,6 +62,7 @@ def test_every_row_is_checked_and_timed(library, tmp_path, monkeypatch):
         assert text.count("| --- | --- |") == len({json.dumps(row["case"]) for row in rows})
 
 
+@alone
 def test_a_wrong_method_is_not_timed(tmp_path, monkeypatch, capsys):
     def wrong(case, lib, real=scan.methods):
         for method in real(case, lib):
@@ -73,6 +77,7 @@ def test_a_wrong_method_is_not_timed(tmp_path, monkeypatch, capsys):
     assert "**hbp" not in (tmp_path / "scan.md").read_text()
 
 
+@alone
 def test_the_reference_is_the_derivative():
     """Finite differences of the loss along the gradient, in float64."""
     for case, module in ((GRU, rnn), (LSTM, rnn), ({"L": 5, "d": 3, "B": 2}, stack)):
@@ -82,6 +87,7 @@ def test_the_reference_is_the_derivative():
         assert slope == pytest.approx(gradient @ gradient, rel=1e-6)
 
 
+@alone
 @pytest.mark.parametrize("cell", ["gru", "lstm", None])
 def test_no_two_iterates_pass_for_one_another(cell):
     """At the size of the tests before timing, so that a method which does not heed its k fails them."""
@@ -93,6 +99,7 @@ def test_no_two_iterates_pass_for_one_another(cell):
         assert measure.agreement(one, other).error > 3 * cases.TOLERANCE["float32"]
 
 
+@alone
 @pytest.mark.parametrize("cell", rnn.BOTH)
 def test_strong_directions_are_what_the_gates_miss(cell):
     case = {"cell": cell, "T": 96, "B": 2, "H": 256, "weights": 1.0, **rank.STRONG}
@@ -101,6 +108,7 @@ def test_strong_directions_are_what_the_gates_miss(cell):
     assert measure.agreement(ranked, exact).error < 0.1 < 0.3 < measure.agreement(gate, exact).error
 
 
+@alone
 def test_what_fails_is_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     def broken(case, lib, real=scan.methods):
         def fail():
@@ -153,6 +161,7 @@ def loss(module, case, shift):
     return total
 
 
+@alone
 def test_times_are_medians_of_all_rounds(monkeypatch):
     ticks = iter(np.cumsum([1.0, 2.0, 3.0, 4.0] * 100).tolist())
     monkeypatch.setattr(measure, "perf_counter", lambda: next(ticks))
@@ -163,6 +172,7 @@ def test_times_are_medians_of_all_rounds(monkeypatch):
     assert measure.milliseconds([1, 5, 2]) == [2000, 1500, 3500]
 
 
+@alone
 def test_memory(tmp_path):
     status, documents = run(type("L", (), {"name": "numpy"}), tmp_path, "memory")
     assert status == 0
@@ -171,6 +181,7 @@ def test_memory(tmp_path):
     assert report.write(tmp_path / "memory.json")[-1].stat().st_size > 1000
 
 
+@alone
 def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         command.main(["scam"])
@@ -183,6 +194,7 @@ def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
     assert "give one of auto, all, off" in capsys.readouterr().err
 
 
+@alone
 def test_a_method_is_tested_as_itself(monkeypatch):
     """Also where a size has fewer methods than the small one of the tests."""
 

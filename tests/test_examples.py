@@ -25,8 +25,10 @@ def example(name: str, monkeypatch: Any) -> Any:
 def test_convert_transformer(monkeypatch, tmp_path, arguments):
     for needed in ("torch", "transformers", "rich", "matplotlib"):
         pytest.importorskip(needed)
-    main = example("convert_transformer", monkeypatch).main
-    (result,) = main([*arguments, "--steps", "4", "--target", "1e-4", "--plot", str(tmp_path / "curves.png")])
+    module = example("convert_transformer", monkeypatch)
+    for name, size in {"LENGTH": 16, "BATCH": 4, "LAYERS": 4}.items():
+        monkeypatch.setattr(module, name, size)
+    (result,) = module.main([*arguments, "--steps", "4", "--target", "1e-4", "--plot", str(tmp_path / "curves.png")])
     assert result["highway"] == pytest.approx(result["exact"], rel=1e-3)
     assert (tmp_path / "curves.png").exists()
 
