@@ -19,6 +19,7 @@ MODULES: tuple[str, ...] = (
     "changing",
     "ranks",
     "adding",
+    "wide",
     "splits",
     "memory",
 )

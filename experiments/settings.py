@@ -196,6 +196,10 @@ LAPTOP: dict[str, Callable[[], Problem]] = {
         "LSTM, adding problem", Adding(256), RecurrentClassifier("lstm", 2, 1, remembers=256),
         Training("adam", 6e-3, 900, 32, warmup=75, clip=0.3),
     ),
+    "adding-256-wide-lstm": lambda: Problem(
+        "LSTM of 256 units, adding problem", Adding(256), RecurrentClassifier("lstm", 2, 1, 256, remembers=256),
+        Training("adam", 2e-3, 700, 8, warmup=70, clip=0.3),
+    ),
 }  # fmt: skip
 """Models of the same kinds on data that need no network, and those that the paper has not."""
 
