@@ -300,6 +300,27 @@ def test_batched_pullbacks_are_proved_not_only_the_states():
     close(gradients(model), expected)
 
 
+class Faint(nn.Linear):
+    """A layer one of whose parameters moves the state by little, and by how much its parameters do not tell."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(D, D)
+        self.shift, self.factor = nn.Parameter(torch.zeros(D)), [factor]
+
+    def forward(self, x: Any) -> Any:
+        return x + super().forward(x).tanh() + self.factor[0] * self.shift
+
+
+@pytest.mark.parametrize(("size", "proved"), [(3e-16, True), (1e-13, False)])
+def test_a_whole_gradient_as_small_as_rounding_does_not_speak_against_all_at_once(size, proved):
+    """One is a tenth of what counts as rounding of the largest gradient, the other tenfold."""
+    torch.manual_seed(0)
+    model = sequential([Faint(size * (1 + i)) for i in range(L)], L, True)
+    with nullcontext() if proved else pytest.raises(RuntimeError, match="all at once they have other gradients"):
+        gradients(model)
+    assert not proved or paths(model) == ["stacked"]
+
+
 def test_each_layer_is_proved_whichever_run_it_stands_in():
     torch.manual_seed(0)
     blocks = [*(Pretending(1.0) for _ in range(3)), *(Pretending(2.0) for _ in range(3))]
