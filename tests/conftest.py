@@ -12,11 +12,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64 parity; hbp itself never touches JAX's configuration
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of programs that run once, for a moment
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all processes of a session
-    _compiled = TemporaryDirectory(prefix="hbp-jax-", ignore_cleanup_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 os.environ.setdefault("HBP_TUNED", "shipped")  # whatever was measured on this machine
 
@@ -36,6 +31,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "gpu" not in config.getoption("markexpr"):  # there what is tested is what users run
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of programs that run once, for a moment
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all processes of a session
+        compiled = TemporaryDirectory(prefix="hbp-jax-", ignore_cleanup_errors=True)
+        config.add_cleanup(compiled.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     for name in _required(config):
         try:
             load(name)

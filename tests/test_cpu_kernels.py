@@ -57,12 +57,6 @@ def _kernels_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(_kernels.VARIABLE, raising=False)
 
 
-@pytest.fixture(autouse=True)
-def _where_they_run(request: pytest.FixtureRequest) -> None:
-    if "jax" in request.config.getoption("--backends"):
-        pytest.skip("JAX has none of these; the sessions of NumPy and PyTorch run them")
-
-
 @pytest.fixture(params=["one", "pool", "torch"])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Threads:
     """The calling thread, or seven for whatever little work, of either kind."""

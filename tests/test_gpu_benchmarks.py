@@ -78,7 +78,7 @@ def planted(tmp_path, monkeypatch):
 
 
 def run(steps, folder, *arguments):
-    return command.main(["--rehearse", "--minutes", "2", "--out", str(folder), *arguments], steps)
+    return command.main(["--rehearse", "--out", str(folder), *arguments], steps)
 
 
 def ran(folder):

@@ -66,7 +66,9 @@ def agree(given=params, check=True, grid=mesh, **options):
     placed = jax.tree.map(lambda leaf: put(leaf, P("i"), grid), given), put(x, own, grid), put(scale, P(), grid)
     program = jax.jit(jax.grad(partial(loss, spread), (0, 1, 2))).lower(*placed).compile()
     close(program(*placed), jax.jit(jax.grad(partial(loss, here), (0, 1, 2)))(given, x, scale))
-    gathered = re.findall(r"f64\\[([0-9,]*)\\][^=]* all-gather", program.as_text())
+    text = program.as_text()
+    assert "ENTRY" in text, text
+    gathered = re.findall(r"f64\\[([0-9,]*)\\][^=]* all-gather", text)
     assert all(int(np.prod([int(n) for n in shape.split(",") if n])) <= mesh.size * B * D for shape in gathered)
     jax.effects_barrier()
 

@@ -313,7 +313,7 @@ class Faint(nn.Linear):
 
 @pytest.mark.parametrize(("size", "proved"), [(3e-16, True), (1e-13, False)])
 def test_a_whole_gradient_as_small_as_rounding_does_not_speak_against_all_at_once(size, proved):
-    """One is a tenth of what counts as rounding of the largest gradient, the other tenfold."""
+    """One is well below what counts as rounding of the largest gradient, the other well above."""
     torch.manual_seed(0)
     model = sequential([Faint(size * (1 + i)) for i in range(L)], L, True)
     with nullcontext() if proved else pytest.raises(RuntimeError, match="all at once they have other gradients"):

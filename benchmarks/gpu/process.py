@@ -33,7 +33,10 @@ MARGIN = 3.0
 """Seconds before its limit at which a process begins no more parts."""
 PARENT_DEATH = 1
 """PR_SET_PDEATHSIG."""
-DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # other libraries live beside JAX
+DEVICE = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # other libraries live beside JAX
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # what is tested is what is timed
+}
 
 
 def run(step: Step, folder: Path, seconds: float, end: float, rehearse: bool) -> str:

@@ -22,7 +22,7 @@ class Step:
     """Its time limit."""
     what: str
     rehearsed: float = 240.0
-    """The same in a rehearsal, whose parts are tiny: it ends what hangs, never what is slow."""
+    """The same in a rehearsal, whose parts are tiny: many times what they take on a slow machine."""
 
     def limit(self, rehearse: bool) -> float:
         return self.rehearsed if rehearse else self.seconds
