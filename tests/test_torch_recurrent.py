@@ -601,6 +601,9 @@ def test_bad_input(kind, iterations):
     ):
         with pytest.raises(error, match=message):
             layer(*arguments)
+        if len(arguments) == 1 and "length" not in message:
+            with pytest.raises(error, match=message):
+                layer.path(*arguments)
 
 
 IN_PLACE = {

@@ -19,11 +19,18 @@ class Sequence:
     batch: int
 
 
-def checked(mode: str, input: Any, hx: Any, weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:  # noqa: A002
+def checked(
+    mode: str,
+    input: Any,  # noqa: A002
+    hx: Any,
+    weight: Tensor,
+    features: int,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The input's data and the initial states given, or none.
 
     Raises:
-        TypeError, ValueError: they are no tensors, as many as belong there, or not of one dtype.
+        TypeError, ValueError: they are no tensors, as many as belong there, not of one dtype, or no sequence.
+        RuntimeError: there are more or fewer features.
     """
     data = input.data if isinstance(input, PackedSequence) else input
     if not isinstance(data, Tensor):
@@ -36,6 +43,10 @@ def checked(mode: str, input: Any, hx: Any, weight: Tensor) -> tuple[Tensor, tup
     for name, tensor in (("the weights", weight), *(("an initial state", state) for state in given)):
         if tensor.dtype != data.dtype and not torch.is_autocast_enabled(data.device.type):
             raise ValueError(f"the input is {data.dtype} and {name} {tensor.dtype}; cast one")
+    if data is input and data.dim() not in (2, 3):
+        raise ValueError(f"the input has {data.dim()} dimensions; expected 2 (one sequence) or 3 (a batch)")
+    if data.shape[-1] != features:
+        raise RuntimeError(f"the input has {data.shape[-1]} features, expected input_size={features}")
     return data, given
 
 

@@ -108,10 +108,13 @@ class _Recurrent(Ranked, torch.nn.RNNBase):
         Where something transforms the call (`torch.func`, forward mode, a tracer, `torch.export`), exact backprop is
         torch's own.
 
+        Raises:
+            TypeError, ValueError, RuntimeError: `forward` would refuse this input.
+
         >>> GRU(8, 8, iterations=3, compiled=False).path(torch.randn(5, 1, 8))
         Path(forward='library', backward='rounds', why='pinned')
         """
-        data, _ = checked(self.mode, input, None, self._flat_weights[0])
+        data, _ = checked(self.mode, input, None, self._flat_weights[0], self.input_size)
         return self._path(input, data, self.options().solver.exact, (data, *self._flat_weights))
 
     def _path(self, input: Any, data: Tensor, is_exact: bool, tensors: tuple[Tensor, ...]) -> Path:  # noqa: A002
@@ -127,8 +130,8 @@ class _Recurrent(Ranked, torch.nn.RNNBase):
         if isinstance(input, PackedSequence):
             steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
         else:
-            single, time = data.dim() < 3, int(self.batch_first and data.dim() == 3)
-            steps, batch = data.shape[time] if data.dim() else 0, 1 if single else data.shape[1 - time]
+            single, time = data.dim() == 2, int(self.batch_first and data.dim() == 3)
+            steps, batch = data.shape[time], 1 if single else data.shape[1 - time]
         compiled = bool(data.numel()) and self.compiled is not False and BACKEND.compiled(self.mode, tensors)
         size = (steps, batch, self.hidden_size)
         return choose(self.mode, data, size, compiled, (self.compiled, self.exact, is_exact))
@@ -145,7 +148,7 @@ class _Recurrent(Ranked, torch.nn.RNNBase):
     def forward(self, input: Any, hx: Any = None) -> Any:  # noqa: A002 - the vendor's name
         options = self.options()
         self._update_flat_weights()  # as torch's forward does: others may have put new tensors in place of the weights
-        data, given = checked(self.mode, input, hx, self._flat_weights[0])
+        data, given = checked(self.mode, input, hx, self._flat_weights[0], self.input_size)
         if not options.solver.exact:
             refuse_transforms()
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *given, *self._flat_weights))
@@ -167,8 +170,6 @@ class _Recurrent(Ranked, torch.nn.RNNBase):
             sequence = Sequence(input.data, input.batch_sizes, int(input.batch_sizes[0]))
             y, finals = self._layers(sequence, self._initial(sequence, given, order), options)
             return PackedSequence(y, input.batch_sizes, order, back), self._finals(finals, back)
-        if input.dim() not in (2, 3):
-            raise ValueError(f"the input has {input.dim()} dimensions; expected 2 (one sequence) or 3 (a batch)")
         batched = input.dim() == 3
         if not batched:
             input, given = unbatched(input, given)  # noqa: A001
@@ -182,8 +183,6 @@ class _Recurrent(Ranked, torch.nn.RNNBase):
 
     def _initial(self, x: Sequence, given: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
         """The initial states, (layers x directions, B, H) each, in the order of the batch, checked."""
-        if x.data.shape[-1] != self.input_size:
-            raise RuntimeError(f"the input has {x.data.shape[-1]} features, expected input_size={self.input_size}")
         shape = (self.num_layers * (2 if self.bidirectional else 1), x.batch, self.hidden_size)
         if not given:
             zeros = torch.zeros(shape, dtype=x.data.dtype, device=x.data.device)
