@@ -22,7 +22,6 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import MappingProxyType
-from typing import Any
 from zlib import crc32
 
 VARIABLE = "HBP_TUNED"
@@ -223,10 +222,16 @@ def check_writable(path: Path) -> None:
 def write(path: Path, found: Timings) -> None:
     """Times to a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    document: dict[str, Any] = {"source": found.source, "rows": [asdict(row) for row in found.rows]}
+    rows = ",\n".join(
+        json.dumps({**asdict(row), "seconds": _short(row.seconds), "once": _short(row.once)}) for row in found.rows
+    )
     beside = path.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(f'{{"source": {json.dumps(found.source)}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
     beside.replace(path)
+
+
+def _short(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {way: float(f"{time:.3g}") for way, time in seconds.items()}
 
 
 def cache_file() -> Path:
