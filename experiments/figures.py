@@ -96,7 +96,7 @@ def over_seeds(records: Sequence[Record], name: str) -> tuple[np.ndarray, np.nda
 def legend(figure: Figure, axes: Sequence[Any]) -> None:
     """One legend for all panels, below them."""
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(2 * len(axes) - 1, 3), fontsize=8)
 
 
 def grid(results: Results, draw: Callable[[Any, str], None]) -> Figure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -111,10 +112,11 @@ def _where(document: Record, records: Mapping[str, Record]) -> str:
     there, request = document["environment"], document["request"]
     commits = ", ".join(sorted({str(record["commit"]) for record in records.values()}))
     dates = sorted(record["date"][:10] for record in records.values())
-    seeds = len({record["seed"] for record in records.values() if "seed" in record})
+    seeds = Counter((r["task"], r.get("method")) for r in records.values() if "seed" in r).values()
+    each = "" if not seeds else f", seeds: {' to '.join(map(str, sorted({min(seeds), max(seeds)})))}"
     versions = ", ".join(f"{name} {version}" for name, version in there["versions"].items())
     return (
-        f"Preset {request['preset']}, {request['backend']}, threads of each: {request['threads']}, seeds: {seeds}, "
+        f"Preset {request['preset']}, {request['backend']}, threads of each: {request['threads']}{each}, "
         f"{len(records)} records, {_minutes(records):.0f} minutes of work in all."
         f"{STAND_INS.get(request['preset'], '')} "
         f"{there['processor']}, {there['cores']} cores, Python {there['python']}; {versions}; commit {commits}; "
