@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from itertools import product
 from typing import Any
 
@@ -114,8 +115,7 @@ def speed(rows: Rows) -> Any:
     panels = [(cell, name) for cell in cells for name in axes_of]
     for axis, (cell, name) in zip(axes, panels, strict=False):
         own = [r for r in rows if r["case"]["cell"] == cell and _kind(r) and "setting" not in r["case"]]
-        others = [key for key in "TBH" if key != name]
-        fixed = {key: sorted({r["case"][key] for r in own})[len({r["case"][key] for r in own}) // 2] for key in others}
+        fixed = _widest([r["case"] for r in own], name)
         part = [r for r in own if all(r["case"][key] == value for key, value in fixed.items())]
         for label in dict.fromkeys((r["library"], method_of(r)) for r in part):
             points = sorted((r["case"][name], r["whole_ms"][0]) for r in part if (r["library"], method_of(r)) == label)
@@ -125,6 +125,16 @@ def speed(rows: Rows) -> Any:
         axis.set(yscale="log", ylabel="whole step, ms")
     _legend(figure, axes)
     return figure
+
+
+def _widest(cases: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The other sizes at which most values of this one were measured; of several such the middle ones."""
+    others, spans = [key for key in "TBH" if key != name], defaultdict[Any, set[int]](set)
+    for case in cases:
+        spans[tuple(case[key] for key in others)].add(case[name])
+    most = max(map(len, spans.values()))
+    widest = sorted(sizes for sizes, found in spans.items() if len(found) == most)
+    return dict(zip(others, widest[len(widest) // 2], strict=True))
 
 
 def _kind(row: dict[str, Any]) -> str | None:

@@ -44,6 +44,8 @@ def against_k(results: Results, tasks: Sequence[str] | None = None) -> Figure:
         axis.set(xlabel="iterations k", ylabel=metric, title=results.title(task))
         if metric == "perplexity":
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
         axis.xaxis.get_major_locator().set_params(integer=True)
     legend(figure, axes)
     return figure

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("rich", reason="the benchmarks show their progress with rich")
 
 from benchmarks import __main__ as command
-from benchmarks import blocks, cases, crossover, measure, memory, rank, report, rnn, scan, stack
+from benchmarks import blocks, cases, crossover, measure, memory, plots, rank, report, rnn, scan, stack
 
 alone = pytest.mark.usefixtures("once")
 GRU = {"cell": "gru", "T": 20, "B": 2, "H": 4, "weights": 1.0}
@@ -85,6 +85,19 @@ def test_the_reference_is_the_derivative():
         assert gradient.size == sum(a.size for a in parameters(module, case))
         slope = (loss(module, case, 1e-6 * gradient) - loss(module, case, -1e-6 * gradient)) / 2e-6
         assert slope == pytest.approx(gradient @ gradient, rel=1e-6)
+
+
+@alone
+def test_a_size_is_drawn_where_most_of_it_was_measured():
+    """Large sizes are measured at few others, which would make a plot of single points."""
+    cases = [
+        {"T": T, "B": B, "H": H} for T in (256, 1024) for B in (1, 4, 16) for H in (64, 1024) if T * B * H <= 2**20
+    ]
+    assert {name: plots._widest(cases, name) for name in "TBH"} == {
+        "T": {"B": 4, "H": 64},
+        "B": {"T": 1024, "H": 64},
+        "H": {"T": 256, "B": 4},
+    }
 
 
 @alone
