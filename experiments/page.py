@@ -112,7 +112,7 @@ def _where(document: Record, records: Mapping[str, Record]) -> str:
     there, request = document["environment"], document["request"]
     commits = ", ".join(sorted({str(record["commit"]) for record in records.values()}))
     dates = sorted(record["date"][:10] for record in records.values())
-    seeds = Counter((r["task"], r.get("method")) for r in records.values() if "seed" in r).values()
+    seeds = Counter((r.get("task"), r.get("method")) for r in records.values() if "seed" in r).values()
     each = "" if not seeds else f", seeds: {' to '.join(map(str, sorted({min(seeds), max(seeds)})))}"
     versions = ", ".join(f"{name} {version}" for name, version in there["versions"].items())
     return (
