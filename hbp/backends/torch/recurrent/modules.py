@@ -109,7 +109,7 @@ class _Recurrent(Ranked, torch.nn.RNNBase):
         torch's own.
 
         Raises:
-            TypeError, ValueError, RuntimeError: `forward` would refuse this input.
+            TypeError, ValueError, RuntimeError: by kind, dtype, dimensions or features it is no input here.
 
         >>> GRU(8, 8, iterations=3, compiled=False).path(torch.randn(5, 1, 8))
         Path(forward='library', backward='rounds', why='pinned')
