@@ -575,12 +575,41 @@ def test_increments_that_grow_warn_where_it_was_called():
         ((1.0,), 0.1, False),
         ((1.0, 0.2, 0.3), None, False),
         ((0.0, 0.0), 0.0, False),
+        ((1.0, np.inf), 0.1, True),
+        ((1.0, np.nan), 0.1, True),
+        ((np.nan, np.nan), 0.1, False),  # what comes in is not finite, which no split is to blame for
     ],
 )
 def test_only_a_tolerance_that_growing_increments_do_not_meet_is_a_warning(increments, tolerance, warns):
-    sizes = [(increment, 1.0) for increment in increments]
+    sizes = [(increment, max(increment, 1.0) if increment > 1e9 else 1.0) for increment in increments]
     with pytest.warns(DivergenceWarning) if warns else nullcontext():
         hbp.Solver(len(sizes) - 1, tolerance=tolerance).tell(sizes, 99)
+
+
+def test_what_is_not_finite_ends_a_tolerance(library):
+    """No round mends it, and each of as many as there are layers would cost as much as the first."""
+    used = []
+    chain = LinearizedChain([lambda g: used.append(1) or -1e30 * g] * 3, Scalar(1e10))
+    for size, rounds, told in (
+        (np.nan, 0, nullcontext()),
+        (np.inf, 0, nullcontext()),
+        (1.0, 1, pytest.warns(DivergenceWarning)),  # it overflows
+    ):
+        reports, used[:] = [], []
+        how = hbp.Solver(tolerance=0.1, watch=reports.append)
+        with told, np.errstate(all="ignore"):
+            hbp.highway(chain, library.array(np.full(1, size, np.float32)), solver=how)
+        assert (len(used), len(reports[0].increments), reports[0].finite) == (3 * rounds, rounds + 1, False)
+
+
+@pytest.mark.parametrize(("dtype", "lost"), [("float32", True), ("float64", False)])
+def test_what_cancels_is_no_more_exact_than_the_largest_increment(dtype, lost, library):
+    """Blocks of -0.8 beside paths of 1: the increments grow to a million, and sum up to powers of 0.2."""
+    chain = LinearizedChain([lambda g: -0.8 * g] * 28)
+    with pytest.warns(DivergenceWarning, match="damp the split") if lost else nullcontext():
+        g = hbp.highway(chain, library.array(np.ones(1, dtype)), tolerance=0.005)
+    off = np.linalg.norm(library.numpy(g)[:, 0] - 0.2 ** np.arange(28, -1, -1.0))
+    assert (off > 0.005) == lost
 
 
 def test_a_backward_pass_that_diverges_is_told_once_in_training():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -448,6 +449,15 @@ def test_operators_that_are_none():
         pass
 
     refused([lambda: hbp.highway(LinearizedChain([half], Own()), X, 1)], NotImplementedError, "an? Own has no mv")
+
+    @dataclass(frozen=True, eq=False)
+    class Aimless(hbp.LinearOperator):
+        values: np.ndarray
+
+    aimless = Aimless(np.ones((1, 3)))
+    refused(
+        [lambda: hbp.highway(LinearizedChain([half], aimless), X, 1)], ValueError, r"\(3,\).*define Aimless\._target"
+    )
 
 
 def test_reports_on_nothing():

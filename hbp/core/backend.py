@@ -19,7 +19,7 @@ class Gauge(Protocol):
         """Two numbers (`Backend.norm`)."""
 
     def settled(self, sizes: tuple[float, float]) -> Any:
-        """Whether the iteration may end."""
+        """Whether the iteration ends."""
 
     def told(self, sizes: Sequence[tuple[float, float]]) -> None:
         """Take the numbers of all states, when the iteration has ended."""

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import TypeAlias
 
-from hbp.core.backend import Array, Backend
+from hbp.core.backend import Array, Backend, dtype_name
 from hbp.core.chain import LinearizedChain, Stages
 from hbp.core.increments import Iterate
 from hbp.core.scan import loop
@@ -20,6 +20,8 @@ from hbp.core.solver import Solver
 
 State: TypeAlias = tuple[Array, Array]
 """The last increment, and the solution so far, at the states of the chain of stages."""
+ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""The relative error of one number; a sum of increments keeps that of the largest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +86,13 @@ class Equation:
         return self.backend.norm(state[0]), self.backend.norm(state[1])
 
     def settled(self, sizes: tuple[float, float]) -> bool:
-        """Whether the tolerance is met."""
+        """Whether the tolerance is met, or will not be."""
         return self.solver.settled(sizes)
 
     def told(self, sizes: Sequence[tuple[float, float]]) -> None:
         """Report on all rounds, from their sizes."""
-        self.solver.tell(sizes, self.backend.total(len(self.coarse)))
+        rounding = ROUNDING.get(dtype_name(self.cotangent), 0.0)
+        self.solver.tell(sizes, self.backend.total(len(self.coarse)), rounding)
 
     def _scanned(self, c: Array) -> Array:
         return self.backend.propagate(self.coarse.residual.T, c)

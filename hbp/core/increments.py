@@ -82,9 +82,9 @@ class Report:
 
     @property
     def diverges(self) -> bool:
-        """Whether some increment grew, and past the solution."""
+        """Whether some increment grew, and past the solution or past all numbers."""
         rows = zip(self.increments, self.increments[1:], self.sizes[1:], strict=False)
-        return any(last < new > size for last, new, size in rows)
+        return any(math.isfinite(last) and (last < new > size or not math.isfinite(new)) for last, new, size in rows)
 
     @property
     def verdict(self) -> str:

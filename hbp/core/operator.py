@@ -83,9 +83,11 @@ class LinearOperator:
         shape, full = self._target(like)
         fits = len(own) <= len(shape) and all(a in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False))
         if not fits or any(len(own) < -axis or own[axis] != shape[axis] for axis in full):
+            lacks = type(self)._target is LinearOperator._target and not isinstance(self, Scalar)
+            cure = f", or define {kind}._target(like)" if lacks else ""
             raise ValueError(
                 f"one map of the residual {kind} has shape {own}, which does not act on states of shape "
-                f"{tuple(like.shape)}; expected a shape that broadcasts to {shape}"
+                f"{tuple(like.shape)}; expected a shape that broadcasts to {shape}{cure}"
             )
 
     def _aligned(self, array: Array, length: int, like: Array, backend: Backend) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,8 +22,8 @@ class Solver:
         iterations: Highway-BP's k; None for exact backprop, a `Schedule` for a number that changes from step to step
             (`at`). With a tolerance it is the cap (None: as many as are exact).
         chunk: layers per stage; blocks are then stages, inside which backprop is exact.
-        tolerance: stop when the last increment is at most this fraction of the solution, from 0 to 1; a
-            `DivergenceWarning` says once where the last round allowed has not met it and the increments grow.
+        tolerance: stop when the last increment is at most this fraction of the solution, from 0 to 1, or is not finite,
+            which no further round mends; a `DivergenceWarning` says once where it is not met and the increments grow.
         watch: called with the report on the increments, where there are any.
 
     Raises:
@@ -83,21 +84,34 @@ class Solver:
         return length if self.iterations is None else min(self.iterations, length)  # type: ignore[type-var,return-value]
 
     def settled(self, sizes: tuple[float, float]) -> bool:
-        """Whether a last increment and a solution of these norms meet the tolerance."""
-        return self.tolerance is not None and sizes[0] <= self.tolerance * sizes[1]
+        """Whether a last increment and a solution of these norms meet the tolerance, or are not finite."""
+        # No comparison with NaN is true, and infinity is not more than a part of infinity.
+        return self.tolerance is not None and (sizes[0] > self.tolerance * sizes[1]) == 0
 
-    def tell(self, sizes: Sequence[tuple[float, float]], length: int) -> None:
+    def tell(self, sizes: Sequence[tuple[float, float]], length: int, rounding: float = 0.0) -> None:
         """Report on all rounds on a chain of this length, from their norms.
 
-        A warning says where the increments grow, and the last round has not met the tolerance. Its words hold nothing
-        that was measured, so that Python says it once.
+        A warning says where the increments grow, and the tolerance is not met by the last one, or by what rounding has
+        left of the largest. Its words hold nothing that was measured, so that Python says it once.
+
+        Args:
+            sizes: the norms of the increment and of the solution, of each round.
+            length: the chain's.
+            rounding: the relative error of one number, where the solution is the sum of the increments.
         """
         report, last = Report.of(sizes, length), sizes[-1]
-        if self.tolerance is not None and not self.settled(last) and (report.diverges or last > min(sizes[-2:])):
+        if not self._met(report, rounding) and (report.diverges or last > min(sizes[-2:])):
             told = f"the increments grow, and {len(sizes) - 1} rounds have not met tolerance={self.tolerance}: "
             warnings.warn(f"{told}allow more, {ADVICE}; this is said once", DivergenceWarning, stacklevel=6)
         if self.watch is not None:
             self.watch(report)
+
+    def _met(self, report: Report, rounding: float) -> bool:
+        """Whether all rounds together meet the tolerance, if there is one."""
+        if self.tolerance is None:
+            return True
+        errors = report.increments[-1], rounding * max(report.increments)
+        return max(errors if self.tolerance else errors[:1]) <= self.tolerance * report.sizes[-1] < math.inf
 
     def fixed(self) -> Solver:
         """This solver, after checking that it holds no schedule (TypeError)."""

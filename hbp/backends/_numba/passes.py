@@ -74,7 +74,7 @@ class Span:
                 for own in self.carries:
                     own[...] = 0
             self.threads.run(partial(run, ROUND if k else APART, 0, length), batch, 64 * length * batch * size)
-            if len(state.sizes):
+            if state.first:
                 sizes.append(state.measured(self.carries))
                 if solver.settled(sizes[-1]):
                     break
@@ -93,7 +93,7 @@ class _Round:
     before: np.ndarray
     sizes: np.ndarray
     first: list[np.ndarray]
-    """The cotangents of the first states, of the last round."""
+    """The cotangents of the first states, of the last round; none where nothing is measured."""
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -127,7 +127,7 @@ class _Round:
 
     def measured(self, carries: Sequence[Array]) -> tuple[float, float]:
         """The norms of what the last round changed and of the whole, of all states."""
-        factor = self.sizes[0, 0]
+        factor = self.sizes[0, 0] if len(self.sizes) else 1.0
         change, whole = self.sizes[:, 1:].sum(0)
         self.sizes[:, 1:] = 0
         for old, new in zip(self.first, map(as_numpy, carries), strict=True):

@@ -1,9 +1,9 @@
 """The rounds of Highway-BP with a recurrent cell: one matrix product and one fused pass each.
 
 Where increments are asked for, each pass measures what it changes as it goes. The sums stay on the device, which finds
-out by itself whether the tolerance is met: from then on a pass returns at once. The host hears of a round while the
-next one runs, so that neither waits for the other; once it has heard that all is settled, it stops. What this costs
-is one product more than needed.
+out by itself whether the tolerance is met, or never will be: from then on a pass returns at once. The host hears of a
+round while the next one runs, so that neither waits for the other; once it has heard that all is settled, it stops.
+What this costs is one product more than needed.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Measure:
     sums: Tensor
     """The sums of squares of change and whole, times that factor's square, of each program, (programs, 2)."""
     settled: Tensor
-    """Whether the tolerance is met, (1,), int32: then a pass does nothing."""
+    """Whether `Solver.settled`, (1,), int32: then a pass does nothing."""
 
     @classmethod
     def of(cls, c: Tensor, tolerance: float | None, programs: int) -> Measure:
@@ -149,7 +149,7 @@ def settle_kernel(
             whole += tl.load(sums + 2 * program + 1, program < programs, other=0)
         factor, tolerance = tl.load(scale), tl.load(scale + 1)
         increment, solution = tl.sqrt(tl.sum(change, 0)) / factor, tl.sqrt(tl.sum(whole, 0)) / factor
-        met = (increment <= tolerance * solution) & (tolerance >= 0)
+        met = ((increment > tolerance * solution) == 0) & (tolerance >= 0)  # or not finite
         tl.store(row, increment)
         tl.store(row + 1, solution)
         tl.store(row + 2, met.to(ACC))
@@ -168,7 +168,7 @@ def plain_settle(measure: Measure, row: Tensor) -> None:
     if not measure.settled:
         factor, tolerance = measure.scale
         norms = measure.sums.sum(0).sqrt() / factor
-        met = bool(tolerance >= 0 and norms[0] <= tolerance * norms[1])
+        met = bool(tolerance >= 0 and not norms[0] > tolerance * norms[1])  # or not finite
         row.copy_(torch.stack([*norms, torch.full_like(factor, met)]))
         measure.settled.fill_(met)
 

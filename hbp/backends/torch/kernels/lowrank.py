@@ -42,9 +42,10 @@ class Held:
 
     def constants(self, size: int, rank: int, factors: int, dtype: torch.dtype) -> dict[str, Any]:
         """What a kernel is compiled with for so many units and directions, whose factors have so many columns each."""
+        rank = max(rank, 1)  # where there are none, one that is masked: what a kernel reads must be defined somewhere
         width = triton.next_power_of_2(max(size, 1))
         fitting = max(self.bytes // (factors * width * wide(dtype).itemsize), 1)
-        block = min(triton.next_power_of_2(max(rank, 1)), _power_below(fitting))
+        block = min(triton.next_power_of_2(rank), _power_below(fitting))
         warps = min(self.warps, _power_below(max(factors * width * block // 1024, 1)))
         sizes = {"WIDTH": width, "RANK": block, "PARTS": triton.cdiv(rank, block), "STAGES": self.stages}
         return {**sizes, "num_warps": warps, **precision(dtype)}
