@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 from hbp.core.backend import Array, Backend, check_count, check_floating, check_kind, check_shape
@@ -19,6 +20,8 @@ are above: what training adds begins at the edge, where noise hides it. A traine
 directions above the edge, and 2 along six."""
 MARGIN = 1.1
 """How far a singular value must be above the edge of a flat spectrum, which is sharp only in the limit."""
+KEPT = 0.5
+"""The part of a weight along earlier directions that must be left in them, for the next to start from there."""
 ROUNDING = 1e-8
 """The fraction of the sum of squares below which a remainder is rounding."""
 
@@ -45,7 +48,7 @@ class Directions:
     @property
     def values(self) -> tuple[float, ...]:
         """The singular values along all directions, as far as they have converged."""
-        return tuple(float((column * column).sum()) ** 0.5 for column in self.left.T)
+        return tuple(math.sqrt(square) for square in (self.left * self.left).sum(0).tolist())
 
     def __repr__(self) -> str:
         try:
@@ -78,13 +81,14 @@ def directions(
             remainder's size (`flat_edge`) and, where there are such, the next four. Directions are given back as they
             are.
         start: those of the weight before its last change: one step of subspace iteration from them, two products of
-            N x H x r, instead of a whole singular value decomposition, which takes about 10 N H^2 operations. Others
-            than as many, or such of a weight that was zero or not finite, are no start; inside `jax.jit` the latter are
-            replaced by columns of the weight, from which further steps converge.
+            N x H x r, instead of a whole singular value decomposition, which takes about 10 N H^2 operations. No start
+            are others than as many, those of a weight that was zero or not finite, and those along which less than half
+            is left of what there was, as of another weight; inside `jax.jit` the second are replaced by columns of the
+            weight, from which further steps converge, and the last are not seen.
         backend: a backend or its name, where it shall not be chosen by the library's rules.
 
     Returns:
-        The directions. Their ``right`` counts as constant in `jax.grad`.
+        The directions. Their ``right`` counts as constant in derivatives.
 
     Raises:
         TypeError, ValueError: no matrix of floating-point numbers, no rank, or more than H; a start of another weight;
@@ -129,7 +133,7 @@ def check_directions(weight: Array, rank: Any, backend: Backend | str | None = N
 
 def check_known(weight: Array, rank: Rank, backend: Any) -> None:
     """Raise TypeError where a weight's numbers, which "auto" needs, are not known yet."""
-    if rank == "auto" and not isinstance(backend.norm(backend.constant(weight)), float):
+    if rank == "auto" and not isinstance(backend.norm(backend.constant(weight[:1, :1])), float):
         raise TypeError(
             "rank='auto' needs the weight's numbers; inside jax.jit give a number, or directions from outside"
         )
@@ -166,6 +170,9 @@ def _automatic(weight: Array, start: Directions | None, backend: Any) -> tuple[A
     shape = (int(weight.shape[0]), int(weight.shape[1]))
     right = _rows(weight, len(start.right) if start is not None else min(shape), start, backend)
     values = Directions(weight @ right.T, right, 0).values
+    if any(a < b for a, b in pairwise(values)):  # one that is followed has overtaken another
+        order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
+        right, values = backend.stack([right[i] for i in order]), tuple(values[i] for i in order)
     total = backend.norm(weight) ** 2
     strong = above_edge(values, total, shape)
     if start is not None and strong == len(right) < min(shape):
@@ -176,15 +183,24 @@ def _automatic(weight: Array, start: Directions | None, backend: Any) -> tuple[A
 
 def _rows(weight: Array, count: int, start: Directions | None, backend: Any) -> Array:
     """An orthonormal basis of the leading right singular directions, (count, H)."""
-    xp = backend.xp
     if start is not None and len(start.right) == count:
-        before = backend.constant(backend.widened(start.left))
-        norm = backend.norm(before)
-        known = isinstance(norm, float)
-        if not known:
-            before = xp.where((norm > 0) & (norm < math.inf), before, weight[:, :count])
-        if not known or 0 < norm < math.inf:
-            return xp.linalg.qr((before.T @ weight).T)[0].T  # reads the weight as it lies
+        found = _next_rows(weight, backend.constant(backend.widened(start.left)), backend)
+        if found is not None:
+            return found
     if isinstance(norm := backend.norm(weight), float) and not math.isfinite(norm):
         return backend.zeros_like(weight[:1].T @ weight[:1])[:count]  # as no decomposition would take it
-    return xp.linalg.svd(weight, full_matrices=False)[2][:count]
+    return backend.xp.linalg.svd(weight, full_matrices=False)[2][:count]
+
+
+def _next_rows(weight: Array, left: Array, backend: Any) -> Array | None:
+    """The rows after one step of subspace iteration from a left factor; None where that one is no start."""
+    norm = backend.norm(left)
+    if not isinstance(norm, float):
+        left = backend.xp.where((norm > 0) & (norm < math.inf), left, weight[:, : left.shape[1]])
+    elif not 0 < norm < math.inf:
+        return None
+    turned = left.T @ weight  # reads the weight as it lies
+    size = backend.norm(turned)  # of the same weight at least that of left^T left
+    if isinstance(size, float) and not size >= KEPT * backend.norm(left.T @ left):
+        return None
+    return backend.xp.linalg.qr(turned.T)[0].T

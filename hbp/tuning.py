@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,8 @@ def tune(libraries: Sequence[str], tell: Callable[[str], None] = print, path: Pa
         _check(library)
     path = _tuning.cache_file() if path is None else path
     _tuning.check_writable(path)
-    rows = [row for row in _kept() if not _measured(row, libraries)]
+    kept = _kept()
+    rows = [replace(row, source=row.source or kept.source) for row in kept.rows if not _measured(row, libraries)]
     source = f"hbp tune, {date.today().isoformat()}, {_tuning.processor()}"
     for measure in (_loops, _steps):
         with _tuning.given(Timings(source, tuple(rows))):  # the steps take the loops' fastest ways
@@ -42,12 +44,12 @@ def tune(libraries: Sequence[str], tell: Callable[[str], None] = print, path: Pa
     return path
 
 
-def _kept() -> tuple[Timing, ...]:
+def _kept() -> Timings:
     """The times so far; those shipped where the kept ones cannot be read."""
     try:
-        return _tuning.timings().rows
+        return _tuning.timings()
     except (ValueError, OSError):
-        return _tuning.read(_tuning.shipped()).rows
+        return _tuning.read(_tuning.shipped())
 
 
 def _measured(row: Timing, libraries: Sequence[str]) -> bool:

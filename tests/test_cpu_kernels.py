@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -32,7 +33,7 @@ pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 import numba
 
 from hbp.backends import _numba, _tuning
-from hbp.backends._numba import adjoints, compile, lowrank, scan
+from hbp.backends._numba import adjoints, compile, functions, lowrank, scan
 from hbp.backends._numba.compile import Threads
 from hbp.backends._tuning import pinned
 
@@ -509,10 +510,37 @@ def test_numba_is_imported_by_the_first_kernel(name):
     assert run(f"{loaded}hb = hbp.use({name!r})\n{loaded}{use}{loaded}").split() == ["False", "False", "True"]
 
 
-def test_compiled_code_is_kept(tmp_path):
+def test_compiled_code_is_kept_until_what_is_compiled_into_it_changes(tmp_path):
+    folder = shutil.copytree(Path(hbp.__file__).parent, tmp_path / "hbp", ignore=shutil.ignore_patterns("__pycache__"))
     code = "from hbp.backends._numba.scan import _scan\nprint(len(_scan(np.dtype('f8')).stats.cache_hits))"
-    assert [run(code, NUMBA_CACHE_DIR=str(tmp_path)).strip() for _ in range(2)] == ["0", "1"]
+    kept = {"NUMBA_CACHE_DIR": str(tmp_path / "kept"), "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    assert [run(code, **kept).strip() for _ in range(2)] == ["0", "1"]
     assert {file.suffix for file in tmp_path.rglob("*.nb?")} == {".nbi", ".nbc"}
+    with (folder / "backends" / "_numba" / "rows.py").open("a") as file:
+        file.write("# another\n")
+    assert run(code, **kept).strip() == "0"
+
+
+@both_dtypes
+def test_functions_are_right_relatively_to_their_values(dtype):
+    logistic, tanh = functions.logistic, functions.tanh
+
+    @numba.njit(fastmath={"contract"}, error_model="numpy")
+    def both(x, opened, bent):
+        for i in range(len(x)):
+            opened[i], bent[i] = logistic(x[i]), tanh(x[i])
+
+    largest, bound = (87, 4e-7) if dtype == "float32" else (708, 6e-16)
+    sizes = np.concatenate([np.geomspace(1e-30, 1, 3000), np.linspace(0.01, largest, 20_000)])
+    x = np.concatenate([sizes, -sizes, [np.nan, np.inf, -np.inf, 2000, -2000, 0, -0.0]]).astype(dtype)
+    opened, bent = np.empty_like(x), np.empty_like(x)
+    both(x, opened, bent)
+    exact = x.astype(np.longdouble)
+    with np.errstate(all="ignore"):
+        np.testing.assert_allclose(opened, 1 / (1 + np.exp(-exact)), rtol=bound, atol=1e-40)
+        np.testing.assert_allclose(bent, np.tanh(exact), rtol=bound, atol=0)
+    np.testing.assert_array_equal(np.signbit(bent[-2:]), [False, True])
+    np.testing.assert_array_equal(opened[exact > (17.4 if dtype == "float32" else 37.5)], 1)
 
 
 SCAN = """

@@ -92,6 +92,26 @@ def test_a_start_of_more_directions_is_none(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(found.values, [4.0, 3.0], atol=1e-12)
 
 
+def test_a_start_of_another_weight_is_none(library: Library, rng: np.random.Generator) -> None:
+    """One step from there would stay in a space in which the other has nothing."""
+    one, other = np.diag([3.0, 0.1, 0.1]), np.diag([0.1, 5.0, 0.1])
+    found = hbp.directions(library.array(other), 1, hbp.directions(library.array(one), 1))
+    np.testing.assert_allclose(found.values, [5.0], atol=1e-12)
+    one, other = (with_values(rng, (96, 32), [6.0, 5.0, 4.0]) for _ in range(2))
+    found = hbp.directions(library.array(other), 3, hbp.directions(library.array(one), 3))
+    np.testing.assert_allclose(found.values, [6.0, 5.0, 4.0], atol=1e-12)
+
+
+def test_automatic_takes_directions_in_the_order_of_their_strength_now(library: Library) -> None:
+    """The first is gone; what is left of the second is as strong as ever."""
+    shape = (96, 32)
+    before, after = (np.eye(*shape) * np.array([*values, *[0.01] * 28]) for values in ([9, 8, 0, 0], [0, 8, 0, 0]))
+    found = hbp.directions(library.array(after), "auto", hbp.directions(library.array(before), "auto"))
+    assert found.rank >= 1
+    np.testing.assert_allclose(found.values[:1], [8.0], atol=1e-12)
+    np.testing.assert_allclose(abs(library.numpy(found.right)[0]), np.eye(32)[1], atol=1e-12)
+
+
 def test_the_flat_edge_is_the_largest_value_of_noise(rng: np.random.Generator) -> None:
     weight = rng.normal(size=(1200, 400))
     edge = flat_edge((), float((weight**2).sum()), weight.shape)
@@ -120,7 +140,8 @@ def test_rounding_is_no_direction(dtype: str, rng: np.random.Generator) -> None:
 def test_inside_a_program_of_jax(rng: np.random.Generator) -> None:
     """A decomposition or a warm start of traced weights; what is followed goes in and out."""
     jax = pytest.importorskip("jax")
-    weights = [with_values(rng, (12, 6), [4.0, 3.0, 0.3, 0.2, 0.1, 0.1]) for _ in range(2)]
+    weight = with_values(rng, (12, 6), [4.0, 3.0, 0.3, 0.2, 0.1, 0.1])
+    weights = [weight, weight + 0.1 * rng.normal(size=weight.shape)]
     with jax.enable_x64(True):
         first, second = map(jax.numpy.asarray, weights)
         for start in (None, hbp.directions(first, 2)):

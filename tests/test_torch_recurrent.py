@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
@@ -184,6 +185,19 @@ def test_each_direction_of_each_layer_follows_its_own_weight():
     assert "rank" not in repr(layer)
 
 
+def test_directions_of_a_parameter_hold_no_graph_of_those_before():
+    weight = torch.nn.Parameter(torch.ones(4, 3, dtype=torch.float64))  # equal singular values, without derivatives
+    given, start = torch.randn(4, 2, dtype=torch.float64), None
+    for _ in range(2):
+        start = hbp.directions(weight, 2, start)
+        (found,) = torch.autograd.grad((given * start.left).sum(), weight, retain_graph=True)
+        assert not start.right.requires_grad
+        close([found], [given @ start.right], 1e-14)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert start.values[0] == pytest.approx(12**0.5)
+
+
 def test_copies_and_pickles_find_directions_of_their_own():
     _, layer = pair("GRU", own={"iterations": 1, "rank": 2})
     x, stored = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True), io.BytesIO()
@@ -314,6 +328,49 @@ def test_a_pinned_forward_that_there_is_not_is_said():
     half = torch.zeros(3, B, I, dtype=torch.float16)
     for own, why in (({"compiled": True}, "there is no compiled forward"), ({"compiled": False}, "pinned")):
         assert hb.GRU(I, H, iterations=2, **own).half().path(half).why.startswith(why)
+    for kind in KINDS:  # between PyTorch's own backward and ours times decide
+        why = getattr(hb, kind)(I, H, compiled=True).half().path(half).why
+        assert why.startswith("there is no compiled forward for such an input; microseconds")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_keeps_states_only_takes_no_backward_that_keeps_more(kind):
+    layer, x = getattr(hb, kind)(I, H), torch.randn(T, B, I, requires_grad=True)
+    with pinned({f"{kind.lower()} step": "library"}):
+        assert layer.path(x).backward == "library"
+        layer.keep = "states"
+        assert layer.path(x).backward == "adjoint"
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}), lambda _: None):
+            layer(x)
+    states = T * B * H * (2 if kind == "LSTM" else 1)
+    assert sum(kept.values()) <= T * B * I + states + 2 * B * H + sum(p.numel() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("place", ["x", "h0", "c0", "dy", "bias"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_goes_where_the_vendors_goes(kind, bad, place):
+    """The same entries of values and gradients are finite, and those are equal."""
+    vendor, ours = pair(kind, torch.float32, own={"compiled": True, "exact": "adjoint"})
+    x, states = torch.randn(T, B, I), [torch.randn(1, B, H) for _ in range(2 if kind == "LSTM" else 1)]
+    dy = torch.randn(T, B, H)
+    given = {"x": x[2, 1], "h0": states[0][0, 1], "c0": states[-1][0, 1], "dy": dy[3, 2]}
+    if place == "bias":
+        with torch.no_grad():
+            vendor.bias_ih_l0[1], ours.bias_ih_l0[1] = bad, bad
+    else:
+        given[place][0] = bad
+    found = []
+    for layer in (vendor, ours):
+        own = [t.clone().requires_grad_() for t in (x, *states)]
+        y, final = layer(own[0], own[1:] if kind == "LSTM" else own[1])
+        finals = final if kind == "LSTM" else (final,)
+        gradients = torch.autograd.grad(y, [*own, *layer.parameters()], dy)
+        found.append([*map(torch.Tensor.detach, (y, *finals)), *gradients])
+    for theirs, own in zip(*found, strict=True):
+        torch.testing.assert_close(own.isfinite(), theirs.isfinite())
+        torch.testing.assert_close(own[own.isfinite()], theirs[own.isfinite()], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

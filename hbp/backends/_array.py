@@ -51,7 +51,7 @@ class ArrayBackend:
         return x.astype(self.xp.float32) if dtype_name(x) in HALF else x
 
     def constant(self, x: Array) -> Array:
-        """``x`` as what derivatives through it do not see, where the library takes them by itself."""
+        """``x`` as what the library's derivatives do not see."""
         return x
 
     def map(self, pullbacks: Sequence[Pullback], cotangents: Sequence[Array]) -> list[Array]:

@@ -45,6 +45,8 @@ class Timing:
     """By the way: those of one step, in float32."""
     once: Mapping[str, float] = field(default_factory=dict)
     """Seconds of each call beside its steps', by the way, where they are known apart."""
+    source: str = ""
+    """Whose they are, where not its file's."""
 
     def per_step(self, way: str, steps: float = math.inf) -> float:
         """The seconds of each of so many steps."""
@@ -62,8 +64,13 @@ class Timings:
     """All times of one machine."""
 
     source: str
-    """For people: whose they are."""
+    """For people: whose they are, where a row does not say."""
     rows: tuple[Timing, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Whose the rows are, each once."""
+        return tuple(dict.fromkeys(row.source or self.source for row in self.rows))
 
     def nearest(self, task: str, library: str, rows: int, width: int) -> Timing | None:
         """The times at the size nearest to this one, by its ratios; None where the task was not measured."""
@@ -113,7 +120,7 @@ def _explained(task: str, library: str, rows: int, width: int, among: tuple[str,
     times = ", ".join(f"{way} {1e6 * row.per_step(way, steps):.3g}" for way in among if way in row.seconds)
     where = f"B = {row.rows}, H = {row.width}, the nearest size measured"
     where = f"{where}, T = {steps}" if math.isfinite(steps) else where
-    return row.best(among, steps), f"microseconds a step at {where}: {times}; {timings().source}"
+    return row.best(among, steps), f"microseconds a step at {where}: {times}; {row.source or timings().source}"
 
 
 _given: list[Timings] = []
@@ -222,12 +229,16 @@ def check_writable(path: Path) -> None:
 def write(path: Path, found: Timings) -> None:
     """Times to a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(
-        json.dumps({**asdict(row), "seconds": _short(row.seconds), "once": _short(row.once)}) for row in found.rows
-    )
+    rows = ",\n".join(json.dumps(_said(row)) for row in found.rows)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     beside.write_text(f'{{"source": {json.dumps(found.source)}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
     beside.replace(path)
+
+
+def _said(row: Timing) -> dict[str, object]:
+    """A row as JSON: times to three digits, without a source that is its file's."""
+    said = {**asdict(row), "seconds": _short(row.seconds), "once": _short(row.once)}
+    return said if row.source else {name: value for name, value in said.items() if name != "source"}
 
 
 def _short(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -24,5 +24,5 @@ def run(_: argparse.Namespace) -> int:
         print(f"  {name:<6} {state}")
         if state.device is not None:
             print(f"         kernels: {load(name).backend.kernel_state()}")
-    print(f"  times  {timings().source}")
+    print(f"  times  {'; '.join(timings().sources)}")
     return 0

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from itertools import pairwise
+from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeAlias
 
@@ -83,6 +85,7 @@ def compiled(*parameters: Argument) -> Callable[[Callable[..., None]], Callable[
 
 def _built(function: Callable[..., None], signature: Any) -> Callable[..., None]:
     """A kernel, compiled or from disk; it allocates nothing, and so counts no references to the rows that it takes."""
+    function.__qualname__ = f"{function.__name__}_{_sources()}"  # by which Numba names its file on disk
     options = {"nogil": True, "_nrt": False, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
         return numba.njit([signature], cache=True, **options)(function)  # type: ignore[no-any-return]
@@ -91,6 +94,13 @@ def _built(function: Callable[..., None], signature: Any) -> Callable[..., None]
             raise
         warnings.warn(f"compiled kernels are not kept for the next run: {error}", RuntimeWarning, stacklevel=4)
         return numba.njit([signature], **options)(function)  # type: ignore[no-any-return]
+
+
+@cache
+def _sources() -> str:
+    """A short name of these modules' text: Numba itself looks at the module of a kernel, not at what is inlined."""
+    texts = (path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
+    return sha256(b"".join(texts)).hexdigest()[:8]
 
 
 Spread: TypeAlias = Callable[[Callable[[int, int], None], list[tuple[int, int]]], None]

@@ -49,6 +49,9 @@ class TorchBackend(ArrayBackend):
     def widened(self, x: Array) -> Array:
         return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
+    def constant(self, x: Array) -> Array:
+        return x.detach()
+
     def vjp(self, fn: Callable[[Array], Array], x: Array) -> tuple[Array, Pullback]:
         y, pullback = torch.func.vjp(fn, x)
         return y, lambda cotangent: pullback(cotangent)[0]

@@ -7,10 +7,6 @@ instead (`EXACT`, `ROUND`). In a round strong directions of the weights are part
 where there are none. A round may also measure what it changes: from ``before``, the last round's cotangents of the
 states, it adds to ``sizes``, (B, 3), behind a factor, the sums of squares of change and whole times that factor; (0, 3)
 where nobody asks.
-
-Numba compiles the loops of a file, here and in the scans, anew when it has changed, not when `parts`, `functions`,
-`rows` or `tiles` alone has, whose code is compiled into them: who works on those, or on the options in `compile`,
-deletes the cached code (``__pycache__/*.nb?``).
 """
 
 from hbp.backends._numba.loops.gru import gru_gates, gru_run, gru_steps

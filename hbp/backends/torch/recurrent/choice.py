@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hbp.backends import _tuning
 from hbp.backends.torch.recurrent.adjoint import BACKEND
+from hbp.cells._common import Keep
 
 Exact: TypeAlias = Literal["adjoint", "library"]
 WAYS: dict[str, tuple[Literal["compiled", "library"], Literal["adjoint", "library"]]] = {
@@ -41,29 +42,30 @@ def choose(
     data: Tensor,
     size: tuple[int, int, int],
     compiled: bool,
-    options: tuple[bool | None, Exact | None, bool],
+    options: tuple[bool | None, Exact | None, Keep, bool],
 ) -> Path:
     """The path of a "GRU" or an "LSTM".
 
     Args:
         mode, data, size: the layer's and its input's: steps, batch and hidden size.
         compiled: whether there is a compiled forward for these.
-        options: the layer's ``compiled``, its ``exact``, not "library", and whether the backward is exact.
+        options: the layer's ``compiled``, ``exact``, not "library", and ``keep``, and whether the backward is exact.
     """
-    pinned, exact, is_exact = options
-    ways = ["library", "adjoint"] if is_exact and exact is None else ["adjoint"]
+    pinned, exact, keep, is_exact = options
+    lacking = "there is no compiled forward for such an input"
+    ways = ["library", "adjoint"] if is_exact and exact is None and keep == "gates" else ["adjoint"]
     if compiled and pinned is not False:
         ways = ["compiled"] if pinned else [*ways, "compiled"]
     if len(ways) == 1:
         obeyed = compiled if pinned else pinned is False or exact
-        why = "pinned" if obeyed else "there is no compiled forward for such an input"
-        return _path(ways[0], is_exact, why)
+        return _path(ways[0], is_exact, "pinned" if obeyed else lacking)
+    told = f"{lacking}; " if pinned and not compiled else ""
     if data.device.type != "cpu":
-        return _path("library", is_exact, f"on {data.device} the library's own is taken")
+        return _path("library", is_exact, f"{told}on {data.device} the library's own is taken")
     library = "torch" if compiled or BACKEND.adjoint_compiled(mode, data) else "torch, plain"
     steps, batch, hidden = size
     way, why = _tuning.explained(f"{mode.lower()} step", library, batch, hidden, tuple(ways), steps)
-    return _path(way, is_exact, why)
+    return _path(way, is_exact, told + why)
 
 
 def _path(way: str, is_exact: bool, why: str) -> Path:

@@ -134,7 +134,7 @@ class _Recurrent(Ranked, torch.nn.RNNBase):
             steps, batch = data.shape[time], 1 if single else data.shape[1 - time]
         compiled = bool(data.numel()) and self.compiled is not False and BACKEND.compiled(self.mode, tensors)
         size = (steps, batch, self.hidden_size)
-        return choose(self.mode, data, size, compiled, (self.compiled, self.exact, is_exact))
+        return choose(self.mode, data, size, compiled, (self.compiled, self.exact, self.keep, is_exact))
 
     def extra_repr(self) -> str:
         own = f", solver={self.solver}"
@@ -237,7 +237,8 @@ class GRU(_Recurrent, torch.nn.GRU):
             off torch's by rounding (at initial weights less than 1e-6 in float32, 1e-14 in float64); False is torch's,
             bit for bit; None the faster one at the input's length and batch size, which `path` tells. Torch's own
             runs where there is none: on other devices, under autocast, in half precision, with ``exact="library"``.
-        keep: what a compiled forward keeps for the backward: "gates" (fastest), or "states", the least memory.
+        keep: what is kept for the backward: "gates" (fastest), or "states", the least memory, by which PyTorch's own
+            exact backward is only taken where ``exact="library"`` asks for it.
 
     Outputs may be written into, as torch's own, but for writes that torch does not count, through ``.data`` or NumPy:
     those must wait for the backward. Second derivatives and batched cotangents need ``iterations=None,
