@@ -6,10 +6,12 @@ import json
 import re
 from dataclasses import replace
 from math import nan
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.shipped import main as make_shipped
 from hbp import cli, tuning
 from hbp.backends import _timing, _tuning
 from hbp.backends._tuning import Timing, Timings, cache_file, fastest, given, pinned, read, write
@@ -190,6 +192,28 @@ def test_tune_measures_and_keeps(library, monkeypatch, capsys):
     assert out[-1] == f"wrote {cache_file()}"
     assert _tuning.timings() == found
     assert found.source.startswith("hbp tune, ")
+
+
+def test_shipped_times_are_the_geometric_means_of_those_of_several_machines(tmp_path):
+    one = Timing("gru step", "torch", 1, 8, {"library": 1.0, "adjoint": 2.0}, {"library": 0.0, "adjoint": 1.0})
+    other = replace(one, seconds={"library": 4.0, "adjoint": 0.5, "compiled": 1.0}, once={"library": 3.0})
+    alone = replace(one, width=9)
+    for name, rows in (("a", (one,)), ("b", (alone, other))):
+        _tuning.write(tmp_path / name, Timings(name.upper(), rows))
+    assert make_shipped([str(tmp_path / name) for name in ("a", "b", "made")]) == 0
+    found = read(tmp_path / "made")
+    assert found.source == "shipped with hbp, measured on A and B"
+    mean = replace(one, seconds={"library": 2.0, "adjoint": 1.0}, once={"library": 1.5, "adjoint": 0.5})
+    assert found.rows == (mean, alone)
+    assert make_shipped([str(tmp_path / "made")]) == 2
+
+
+def test_the_shipped_times_are_made_from_those_of_the_machines_beside_the_benchmarks(tmp_path):
+    file = Path(_tuning.__file__).with_name("tuned-64.json")
+    machines = sorted((file.parents[2] / "benchmarks" / "times").glob("64-*.json"))
+    assert len(machines) >= 2
+    assert make_shipped([*map(str, machines), str(tmp_path / "made")]) == 0
+    assert read(tmp_path / "made") == read(file)
 
 
 def test_tune_refuses_what_is_not_there(monkeypatch, capsys):

@@ -1,0 +1,51 @@
+"""The times that are shipped with the library, from those of several machines:
+
+    python -m benchmarks.shipped benchmarks/times/64-*.json hbp/backends/tuned-64.json
+
+Ratios are what decides between ways, so a row holds the geometric means: what one machine takes twice as long for and
+another half is a draw. On each of two machines the choices of both together cost at most 1.4 times the fastest, those
+of the other one alone 2.5 times.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, geometric_mean
+
+from hbp.backends import _tuning
+from hbp.backends._tuning import Timing, Timings
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the last file from the others."""
+    *given, made = map(Path, arguments)
+    if not given:
+        print("benchmarks.shipped: give files of hbp tune, and the file to write", file=sys.stderr)
+        return 2
+    machines = [_tuning.read(path) for path in given]
+    _tuning.write(made, mean(machines))
+    return 0
+
+
+def mean(machines: Sequence[Timings]) -> Timings:
+    """The geometric means of all machines' times, in the order of the first one's rows."""
+    rows: dict[tuple[str, str, int, int], list[Timing]] = {}
+    for machine in machines:
+        for row in machine.rows:
+            rows.setdefault((row.task, row.library, row.rows, row.width), []).append(row)
+    source = f"shipped with hbp, measured on {' and '.join(machine.source for machine in machines)}"
+    return Timings(source, tuple(Timing(*size, *_means(found)) for size, found in rows.items()))
+
+
+def _means(rows: Sequence[Timing]) -> tuple[Mapping[str, float], Mapping[str, float]]:
+    """Of a step, and of a call beside its steps, which may be nothing, for the ways that all machines have."""
+    ways = [way for way in rows[0].seconds if all(way in row.seconds for row in rows)]
+    seconds = {way: geometric_mean([row.seconds[way] for row in rows]) for way in ways}
+    once = {way: fmean(row.once.get(way, 0.0) for row in rows) for way in ways if way in rows[0].once}
+    return seconds, once
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
