@@ -25,6 +25,9 @@ def main(arguments: Sequence[str]) -> int:
         print("benchmarks.shipped: give files of hbp tune, and the file to write", file=sys.stderr)
         return 2
     machines = [_tuning.read(path) for path in given]
+    if others := [str(path) for path, machine in zip(given, machines, strict=True) if len(machine.sources) > 1]:
+        print(f"benchmarks.shipped: {', '.join(others)}: not all rows are of one machine; measure all", file=sys.stderr)
+        return 2
     _tuning.write(made, mean(machines))
     return 0
 
@@ -43,7 +46,7 @@ def _means(rows: Sequence[Timing]) -> tuple[Mapping[str, float], Mapping[str, fl
     """Of a step, and of a call beside its steps, which may be nothing, for the ways that all machines have."""
     ways = [way for way in rows[0].seconds if all(way in row.seconds for row in rows)]
     seconds = {way: geometric_mean([row.seconds[way] for row in rows]) for way in ways}
-    once = {way: fmean(row.once.get(way, 0.0) for row in rows) for way in ways if way in rows[0].once}
+    once = {way: fmean(row.once.get(way, 0.0) for row in rows) for way in ways if any(way in row.once for row in rows)}
     return seconds, once
 
 

@@ -81,10 +81,11 @@ def directions(
             remainder's size (`flat_edge`) and, where there are such, the next four. Directions are given back as they
             are.
         start: those of the weight before its last change: one step of subspace iteration from them, two products of
-            N x H x r, instead of a whole singular value decomposition, which takes about 10 N H^2 operations. No start
-            are others than as many, those of a weight that was zero or not finite, and those along which less than half
-            is left of what there was, as of another weight; inside `jax.jit` the second are replaced by columns of the
-            weight, from which further steps converge, and the last are not seen.
+            N x H x r and a small one, instead of a whole singular value decomposition, which takes about 10 N H^2
+            operations. It is a decomposition again where there are more or fewer, where the weight was zero or not
+            finite, and where less than half of it is left along them, as after other weights were loaded. Inside
+            `jax.jit` this last is not seen, and columns of the weight stand in for what is zero or not finite: further
+            steps converge.
         backend: a backend or its name, where it shall not be chosen by the library's rules.
 
     Returns:
@@ -194,13 +195,13 @@ def _rows(weight: Array, count: int, start: Directions | None, backend: Any) -> 
 
 def _next_rows(weight: Array, left: Array, backend: Any) -> Array | None:
     """The rows after one step of subspace iteration from a left factor; None where that one is no start."""
-    norm = backend.norm(left)
-    if not isinstance(norm, float):
-        left = backend.xp.where((norm > 0) & (norm < math.inf), left, weight[:, : left.shape[1]])
-    elif not 0 < norm < math.inf:
+    before = backend.norm(left.T @ left)
+    if not isinstance(before, float):
+        left = backend.xp.where((before > 0) & (before < math.inf), left, weight[:, : left.shape[1]])
+    elif not 0 < before < math.inf:
         return None
     turned = left.T @ weight  # reads the weight as it lies
-    size = backend.norm(turned)  # of the same weight at least that of left^T left
-    if isinstance(size, float) and not size >= KEPT * backend.norm(left.T @ left):
+    now = backend.norm(turned)  # of the same weight at least as much
+    if isinstance(now, float) and not now >= KEPT * before:
         return None
     return backend.xp.linalg.qr(turned.T)[0].T

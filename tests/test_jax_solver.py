@@ -51,6 +51,17 @@ def gradient(loss: Any, w: Any, **how: Any) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_compiled_loop_ends_at_once_where_nothing_is_finite(bad, rng):
+    loss, w = losses(rng)["sequential"]
+    reports: list[Any] = []
+    how = Solver(tolerance=0.1, watch=reports.append)
+    found = gradient(lambda w, **how: bad * loss(w, **how), w, solver=how)
+    jax.effects_barrier()
+    assert not np.isfinite(found).any()
+    assert (len(reports), len(reports[0].increments), reports[0].finite) == (1, 1, False)
+
+
 @pytest.mark.parametrize("name", ["sequential", "scan", "gru", "lstm"])
 def test_a_compiled_loop_stops_at_the_tolerance(name, rng):
     loss, w = losses(rng)[name]

@@ -13,12 +13,15 @@ PAGE = "README.md"
 """A folder's own page, of all that lies in it."""
 TITLES = {
     "cpu/crossover": "Whole training steps of recurrent layers",
-    "cpu/rnn": "Backward passes of recurrent layers",
     "cpu/scan": "The diagonal scan",
-    "cpu/stack": "Stacks of residual layers",
-    "cpu/memory": "Memory",
-    "cpu/cosines": "Cosines against k, early and late in training",
     "cpu/rank": "Strong directions: backward passes at H = 1024",
+    "cpu-intel/crossover": "Whole training steps of recurrent layers, on an Intel",
+    "cpu-intel/scan": "The diagonal scan, on an Intel",
+    "cpu-intel/rank": "Strong directions: backward passes at H = 1024, on an Intel",
+    "cpu/rnn": "Backward passes of recurrent layers",
+    "cpu-intel/stack": "Stacks of residual layers",
+    "cpu-intel/memory": "Memory",
+    "cpu/cosines": "Cosines against k, early and late in training",
     "cpu/depth": "Layers on two and four ranks",
 }
 """Other pages are called as their files are, or name themselves."""

@@ -1,7 +1,7 @@
 """Which of several ways to do one thing is the fastest on this processor, from times measured at a few sizes.
 
 ``hbp tune`` measures on the user's machine and keeps the times in the user's cache folder; without them the ones
-shipped with the library speak, of another machine. The environment variable ``HBP_TUNED`` names a file to read instead,
+shipped with the library speak, of other machines. The environment variable ``HBP_TUNED`` names a file to read instead,
 or is "shipped".
 """
 
@@ -61,7 +61,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Timings:
-    """All times of one machine."""
+    """All times of a file."""
 
     source: str
     """For people: whose they are, where a row does not say."""
@@ -229,16 +229,17 @@ def check_writable(path: Path) -> None:
 def write(path: Path, found: Timings) -> None:
     """Times to a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(json.dumps(_said(row)) for row in found.rows)
+    rows = ",\n".join(json.dumps(_said(row, found.source)) for row in found.rows)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     beside.write_text(f'{{"source": {json.dumps(found.source)}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
     beside.replace(path)
 
 
-def _said(row: Timing) -> dict[str, object]:
+def _said(row: Timing, source: str) -> dict[str, object]:
     """A row as JSON: times to three digits, without a source that is its file's."""
     said = {**asdict(row), "seconds": _short(row.seconds), "once": _short(row.once)}
-    return said if row.source else {name: value for name, value in said.items() if name != "source"}
+    own = row.source not in ("", source)
+    return said if own else {name: value for name, value in said.items() if name != "source"}
 
 
 def _short(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -13,7 +13,9 @@ ADVICE = "damp the split (Scalar(1 - gamma)), use chunks or, in a recurrent laye
 
 
 class DivergenceWarning(UserWarning):
-    """The increments of an iteration grow instead of meeting its tolerance: the split suits these layers badly."""
+    """The increments of an iteration grow instead of meeting its tolerance, or end in infinity or in each other's
+    rounding: the split suits these layers badly.
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +84,9 @@ class Report:
 
     @property
     def diverges(self) -> bool:
-        """Whether some increment grew, and past the solution or past all numbers."""
+        """Whether some increment grew, and past the solution."""
         rows = zip(self.increments, self.increments[1:], self.sizes[1:], strict=False)
-        return any(math.isfinite(last) and (last < new > size or not math.isfinite(new)) for last, new, size in rows)
+        return any(last < new > size for last, new, size in rows)
 
     @property
     def verdict(self) -> str:

@@ -23,7 +23,8 @@ class Solver:
             (`at`). With a tolerance it is the cap (None: as many as are exact).
         chunk: layers per stage; blocks are then stages, inside which backprop is exact.
         tolerance: stop when the last increment is at most this fraction of the solution, from 0 to 1, or is not finite,
-            which no further round mends; a `DivergenceWarning` says once where it is not met and the increments grow.
+            which no further round mends; a `DivergenceWarning` says once where it is not met and the increments grow,
+            or grew so far that what rounding leaves of them is more.
         watch: called with the report on the increments, where there are any.
 
     Raises:
@@ -91,27 +92,32 @@ class Solver:
     def tell(self, sizes: Sequence[tuple[float, float]], length: int, rounding: float = 0.0) -> None:
         """Report on all rounds on a chain of this length, from their norms.
 
-        A warning says where the increments grow, and the tolerance is not met by the last one, or by what rounding has
-        left of the largest. Its words hold nothing that was measured, so that Python says it once.
+        A warning's words hold nothing that was measured, so that Python says it once.
 
         Args:
             sizes: the norms of the increment and of the solution, of each round.
             length: the chain's.
             rounding: the relative error of one number, where the solution is the sum of the increments.
         """
-        report, last = Report.of(sizes, length), sizes[-1]
-        if not self._met(report, rounding) and (report.diverges or last > min(sizes[-2:])):
-            told = f"the increments grow, and {len(sizes) - 1} rounds have not met tolerance={self.tolerance}: "
-            warnings.warn(f"{told}allow more, {ADVICE}; this is said once", DivergenceWarning, stacklevel=6)
+        report = Report.of(sizes, length)
+        if self.tolerance is not None and (trouble := self._trouble(report, rounding)):
+            warnings.warn(f"{trouble}{ADVICE}; this is said once", DivergenceWarning, stacklevel=6)
         if self.watch is not None:
             self.watch(report)
 
-    def _met(self, report: Report, rounding: float) -> bool:
-        """Whether all rounds together meet the tolerance, if there is one."""
-        if self.tolerance is None:
-            return True
-        errors = report.increments[-1], rounding * max(report.increments)
-        return max(errors if self.tolerance else errors[:1]) <= self.tolerance * report.sizes[-1] < math.inf
+    def _trouble(self, report: Report, rounding: float) -> str | None:
+        """Why a tolerance is not met, where the split is to blame."""
+        if not report.finite:
+            return "an increment is not finite after finite ones: " if math.isfinite(report.increments[0]) else None
+        last, asked = report.increments[-1], (self.tolerance or 0.0) * report.sizes[-1]
+        if not report.diverges and last <= min(report.increments[-2:]):
+            return None
+        if last > asked:
+            rounds = len(report.increments) - 1
+            return f"the increments grow, and {rounds} rounds have not met tolerance={self.tolerance}: allow more, "
+        if rounding * max(report.increments) > asked > 0:
+            return f"the increments grew so far that rounding leaves more than tolerance={self.tolerance}: "
+        return None
 
     def fixed(self) -> Solver:
         """This solver, after checking that it holds no schedule (TypeError)."""

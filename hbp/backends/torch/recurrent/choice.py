@@ -58,7 +58,8 @@ def choose(
         ways = ["compiled"] if pinned else [*ways, "compiled"]
     if len(ways) == 1:
         obeyed = compiled if pinned else pinned is False or exact
-        return _path(ways[0], is_exact, "pinned" if obeyed else lacking)
+        kept = 'keep="states" takes no graph; ' if keep == "states" and is_exact and exact is None else ""
+        return _path(ways[0], is_exact, "pinned" if obeyed else kept + lacking)
     told = f"{lacking}; " if pinned and not compiled else ""
     if data.device.type != "cpu":
         return _path("library", is_exact, f"{told}on {data.device} the library's own is taken")

@@ -223,7 +223,8 @@ class GRU(_Recurrent, torch.nn.GRU):
         *args, **kwargs: those of `torch.nn.GRU`.
         iterations: Highway-BP's k, a `Schedule` of it (advanced by `hbp.backends.torch.step`), or None for exact.
         chunk: steps per chunk.
-        tolerance: stop when the last increment is at most this fraction of the gradient; ``iterations`` is the cap.
+        tolerance: stop when the last increment is at most this fraction of the gradient, or is not finite;
+            ``iterations`` is the cap.
         solver: these three in one `hbp.Solver`, instead; all are attributes afterwards.
         residual: another residual path than the update gate's, as ``hbp.Zero()`` for the fixed point.
         rank: how many strong directions of each layer's recurrent weights the residual path takes beside the gate's
@@ -238,7 +239,7 @@ class GRU(_Recurrent, torch.nn.GRU):
             bit for bit; None the faster one at the input's length and batch size, which `path` tells. Torch's own
             runs where there is none: on other devices, under autocast, in half precision, with ``exact="library"``.
         keep: what is kept for the backward: "gates" (fastest), or "states", the least memory, by which PyTorch's own
-            exact backward is only taken where ``exact="library"`` asks for it.
+            exact backward is only taken where ``exact="library"`` asks for it; on a GPU, too, where it is faster.
 
     Outputs may be written into, as torch's own, but for writes that torch does not count, through ``.data`` or NumPy:
     those must wait for the backward. Second derivatives and batched cotangents need ``iterations=None,
