@@ -17,6 +17,7 @@ import numpy as np
 import hbp
 from benchmarks.measure import Library
 from hbp.backends._kernels import VARIABLE
+from hbp.backends._tuning import processor
 
 PACKAGES = ("numpy", "numba", "torch", "triton", "jax", "jaxlib", "cupy-cuda12x", "cupy-cuda13x")
 PEERS = ("mambapy", "accelerated-scan", "pararnn-torch")
@@ -29,7 +30,7 @@ def environment(libraries: list[Library], with_limits: bool = True) -> dict[str,
         "commit": commit(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "driver": _driver(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": {"hbp": hbp.__version__}
@@ -88,14 +89,6 @@ def commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "") or None
     except OSError:
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _driver() -> str | None:

@@ -108,9 +108,10 @@ def _word(claim: Claim) -> str:
 
 
 def _where(document: Record, records: Mapping[str, Record]) -> str:
-    """The machine, the versions, the commits, the seeds."""
+    """The machines, the versions, the commits, the seeds."""
     there, request = document["environment"], document["request"]
     commits = ", ".join(sorted({str(record["commit"]) for record in records.values()}))
+    processors = sorted({str(record.get("processor", there["processor"])) for record in records.values()})
     dates = sorted(record["date"][:10] for record in records.values())
     seeds = Counter((r.get("task"), r.get("method")) for r in records.values() if "seed" in r).values()
     each = "" if not seeds else f", seeds: {' to '.join(map(str, sorted({min(seeds), max(seeds)})))}"
@@ -119,7 +120,7 @@ def _where(document: Record, records: Mapping[str, Record]) -> str:
         f"Preset {request['preset']}, {request['backend']}, threads of each: {request['threads']}{each}, "
         f"{len(records)} records, {_minutes(records):.0f} minutes of work in all."
         f"{STAND_INS.get(request['preset'], '')} "
-        f"{there['processor']}, {there['cores']} cores, Python {there['python']}; {versions}; commit {commits}; "
+        f"{' and '.join(processors)}, {there['cores']} cores, Python {there['python']}; {versions}; commit {commits}; "
         f"{dates[0]} to {dates[-1]}. Made from the JSON in `records` and `{DOCUMENT}` by "
         "`python -m experiments report`."
     )

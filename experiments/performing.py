@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.environment import commit
 from experiments.experiment import Work
 from experiments.folder import Folder, write
+from hbp.backends._tuning import processor
 from hbp.demo.threads import limited
 
 Show = Callable[[str, int, int, str], None]
@@ -41,7 +42,7 @@ def perform(work: Work, folder: Folder, threads: int, show: Show, beside: bool =
     start = perf_counter()
     with limited(threads):
         found = work.perform(place)
-    where = {"key": work.key, "alone": work.alone or not beside, "commit": commit()}
+    where = {"key": work.key, "alone": work.alone or not beside, "commit": commit(), "processor": processor()}
     seconds = round(place.earlier + perf_counter() - start, 2)
     where |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "performed_s": seconds}
     write(folder.record(work.key), where | found)

@@ -76,11 +76,16 @@ def test_records_and_page(counting, tmp_path, capsys):
     document = json.loads((tmp_path / "out/experiments.json").read_text())
     assert document["environment"]["versions"]["numpy"]
     assert "commit" in record
+    here = document["environment"]["processor"]
+    assert record["processor"] == here
     page = (tmp_path / "out/README.md").read_text()
     assert "| [To count](#counting) | ten each | 20 in all | yes |" in page
     (tmp_path / "out/README.md").unlink()
     assert main(["report", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/README.md").read_text() == page
+    (tmp_path / "out/records/b.json").write_text(json.dumps(record | {"processor": "Zuse Z3"}))  # went on elsewhere
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert " and ".join(sorted((here, "Zuse Z3"))) in (tmp_path / "out/README.md").read_text()
 
 
 def test_goes_on_where_it_was_interrupted(counting, tmp_path):
