@@ -18,6 +18,7 @@ MODULES: tuple[str, ...] = (
     "damping",
     "changing",
     "ranks",
+    "gates",
     "adding",
     "wide",
     "splits",

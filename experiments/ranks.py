@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from experiments import figures
@@ -19,11 +19,16 @@ AUTO = Backward("highway", CAP, tolerance=0.1, rank="auto")
 EVERY = (EXACT, GATE, CHUNK, RANK, AUTO)
 FEW = (EXACT, RANK, AUTO)
 TASKS = {"pixels": EVERY, "pixels-lstm": FEW, "pixels-256": FEW, "pixels-lstm-256": FEW}
-"""Of each task its methods: the gate alone and chunks on one, so that all end in minutes."""
+"""Of each task its methods; the gate alone and chunks on the other three are `experiments.gates`."""
 
 
-def compared(name: str, title: str, tasks: Mapping[str, Sequence[Backward]]) -> Experiment:
-    """Exact backprop beside ranks with a tolerance, and whatever else is given, on some tasks."""
+def compared(
+    name: str,
+    title: str,
+    tasks: Mapping[str, Sequence[Backward]],
+    claim: Callable[[Results, str], Claim] | None = None,
+) -> Experiment:
+    """Methods side by side on some tasks, with a claim on each: if none is given, on ranks with a tolerance."""
 
     def work(request: Request) -> list[Run]:
         return runs(request, tasks)
@@ -31,7 +36,7 @@ def compared(name: str, title: str, tasks: Mapping[str, Sequence[Backward]]) -> 
     def section(request: Request, records: Mapping[str, Record]) -> Section:
         results = Results.of(work(request), records)
         figure = figures.grid(results, lambda axis, task: _draw(axis, results, task))
-        return Section([_claim(results, task) for task in results.tasks], table(results), {name: figure})
+        return Section([(claim or _claim)(results, task) for task in results.tasks], table(results), {name: figure})
 
     return Experiment(name, title, work, section)
 

@@ -314,6 +314,27 @@ def test_products_in_tiles(dtype, width, monkeypatch, rng):
 
 @both_cells
 @both_dtypes
+@pytest.mark.parametrize("way", ["loop", "calls"])
+def test_forwards_are_the_plain_cells(cell, dtype, way, used, monkeypatch, rng):
+    forward = gru if cell == "gru" else lstm
+    for size, biases in zip(
+        product((1, 9), (1, 3, 8), (1, 7, 33)), cycle(product((True, False), repeat=2)), strict=False
+    ):
+        pullback, _ = problem(cell, rng, size, dtype, biases)
+        given = pullback.params, pullback.x, pullback.h0 if cell == "gru" else pullback.initial
+        with monkeypatch.context() as patch:
+            patch.setenv(_kernels.VARIABLE, "off")
+            expected = leaves(forward(*given)[0])
+        for keep in ("states", "gates"):
+            with pinned({f"{cell} forward": way}):
+                states, kept = forward(*given, keep=keep)
+            close(leaves(states), expected, TOLERANCE[dtype])
+            assert (kept.gates is None) == (keep == "states")
+    assert used.count(f"{cell}_forward") == 3 * 18
+
+
+@both_cells
+@both_dtypes
 @pytest.mark.parametrize("step", ["loop", "calls", "spans"])
 def test_adjoints_are_the_plain_pullback(cell, step, dtype, threads, monkeypatch, rng):
     if step == "spans":

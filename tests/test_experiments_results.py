@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the experiments draw with matplotlib")
 pytest.importorskip("sklearn", reason="the experiments learn scikit-learn's digits")
 
-from experiments import fig2, fig6, ranks
+from experiments import fig2, fig6, gates, ranks
 from experiments.experiment import Request
 from experiments.methods import EXACT, Backward, highway
 from experiments.results import Results, enough_claim, outperforms_claim, reached
@@ -89,6 +89,14 @@ def test_ranks_are_judged_by_accuracy_and_rounds():
     assert verdict(0.795, 3.9) is True
     assert verdict(0.785, 3.9) is False
     assert verdict(0.795, 4.1) is False
+
+
+@pytest.mark.parametrize(("gate", "chunks", "agrees"), [(0.7, 0.79, True), (0.795, 0.8, False), (0.7, 0.69, False)])
+def test_the_gate_alone_is_judged_beside_chunks(gate, chunks, agrees):
+    request, ends = Request(seeds=1), {ranks.EXACT: 0.8, ranks.GATE: gate, ranks.CHUNK: chunks}
+    records = {run.key: record(ends[run.method]) for run in gates.EXPERIMENT.work(request)}
+    claims = gates.EXPERIMENT.section(request, records).claims
+    assert [(claim.agrees, claim.limit) for claim in claims] == [(agrees, True)] * 3
 
 
 def test_figure_6_says_where_more_iterations_are_needed():
