@@ -321,7 +321,8 @@ def test_forwards_are_the_plain_cells(cell, dtype, way, used, monkeypatch, rng):
         product((1, 9), (1, 3, 8), (1, 7, 33)), cycle(product((True, False), repeat=2)), strict=False
     ):
         pullback, _ = problem(cell, rng, size, dtype, biases)
-        given = pullback.params, pullback.x, pullback.h0 if cell == "gru" else pullback.initial
+        params = type(pullback.params)(*(w if w is None else w / 4 for w in pullback.params))  # amplify less
+        given = params, pullback.x, pullback.h0 if cell == "gru" else pullback.initial
         with monkeypatch.context() as patch:
             patch.setenv(_kernels.VARIABLE, "off")
             expected = leaves(forward(*given)[0])
