@@ -22,25 +22,6 @@ TASKS = {"pixels": EVERY, "pixels-lstm": FEW, "pixels-256": FEW, "pixels-lstm-25
 """Of each task its methods; the gate alone and chunks on the other three are `experiments.gates`."""
 
 
-def compared(
-    name: str,
-    title: str,
-    tasks: Mapping[str, Sequence[Backward]],
-    claim: Callable[[Results, str], Claim] | None = None,
-) -> Experiment:
-    """Methods side by side on some tasks, with a claim on each: if none is given, on ranks with a tolerance."""
-
-    def work(request: Request) -> list[Run]:
-        return runs(request, tasks)
-
-    def section(request: Request, records: Mapping[str, Record]) -> Section:
-        results = Results.of(work(request), records)
-        figure = figures.grid(results, lambda axis, task: _draw(axis, results, task))
-        return Section([(claim or _claim)(results, task) for task in results.tasks], table(results), {name: figure})
-
-    return Experiment(name, title, work, section)
-
-
 def _draw(axis: object, results: Results, task: str) -> None:
     figures.curves(axis, results, task, "step", name=results.metric(task))
 
@@ -58,6 +39,25 @@ def _claim(results: Results, task: str) -> Claim:
             verdicts.append(None if worse is None else worse <= 0.01 and rounds <= 4)
     measured = f"{results.title(task)}: {'; '.join(parts)}{results.note(task)}"
     return Claim(paper, measured, rule, None if None in verdicts or not verdicts else all(verdicts))
+
+
+def compared(
+    name: str,
+    title: str,
+    tasks: Mapping[str, Sequence[Backward]],
+    claim: Callable[[Results, str], Claim] = _claim,
+) -> Experiment:
+    """Methods side by side on some tasks, with a claim on each: if none is given, on ranks with a tolerance."""
+
+    def work(request: Request) -> list[Run]:
+        return runs(request, tasks)
+
+    def section(request: Request, records: Mapping[str, Record]) -> Section:
+        results = Results.of(work(request), records)
+        figure = figures.grid(results, lambda axis, task: _draw(axis, results, task))
+        return Section([claim(results, task) for task in results.tasks], table(results), {name: figure})
+
+    return Experiment(name, title, work, section)
 
 
 EXPERIMENT = compared("ranks", "Strong directions in the residual path", TASKS)

@@ -100,16 +100,18 @@ class Solver:
             rounding: the relative error of one number, where the solution is the sum of the increments.
         """
         report = Report.of(sizes, length)
-        if self.tolerance is not None and (trouble := self._trouble(report, rounding)):
+        if trouble := self._trouble(report, rounding):
             warnings.warn(f"{trouble}{ADVICE}; this is said once", DivergenceWarning, stacklevel=6)
         if self.watch is not None:
             self.watch(report)
 
     def _trouble(self, report: Report, rounding: float) -> str | None:
-        """Why a tolerance is not met, where the split is to blame."""
+        """Why a tolerance is not met, where there is one and the split is to blame."""
+        if self.tolerance is None:
+            return None
         if not report.finite:
             return "an increment is not finite after finite ones: " if math.isfinite(report.increments[0]) else None
-        last, asked = report.increments[-1], (self.tolerance or 0.0) * report.sizes[-1]
+        last, asked = report.increments[-1], self.tolerance * report.sizes[-1]
         if not report.diverges and last <= min(report.increments[-2:]):
             return None
         if last > asked:
