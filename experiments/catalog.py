@@ -20,7 +20,9 @@ MODULES: tuple[str, ...] = (
     "ranks",
     "gates",
     "adding",
+    "adding_gates",
     "wide",
+    "wide_gates",
     "splits",
     "memory",
 )

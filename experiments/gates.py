@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from experiments.experiment import Claim
+from experiments.experiment import Claim, Experiment
 from experiments.ranks import CHUNK, EXACT, GATE, compared
 from experiments.results import Results
-
-TASKS = dict.fromkeys(("pixels-lstm", "pixels-256", "pixels-lstm-256"), (EXACT, GATE, CHUNK))
 
 
 def _claim(results: Results, task: str) -> Claim:
@@ -18,4 +16,9 @@ def _claim(results: Results, task: str) -> Claim:
     return Claim(claim, f"{results.title(task)}: {'; '.join(parts)}{results.note(task)}", rule, agrees, limit=True)
 
 
-EXPERIMENT = compared("gates", "Without strong directions", TASKS, _claim)
+def without(name: str, title: str, *tasks: str) -> Experiment:
+    """The gate alone and chunks beside exact backprop on some tasks."""
+    return compared(name, title, dict.fromkeys(tasks, (EXACT, GATE, CHUNK)), _claim)
+
+
+EXPERIMENT = without("gates", "Without strong directions", "pixels-lstm", "pixels-256", "pixels-lstm-256")
