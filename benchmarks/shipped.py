@@ -43,10 +43,17 @@ def mean(machines: Sequence[Timings]) -> Timings:
 
 
 def _means(rows: Sequence[Timing]) -> tuple[Mapping[str, float], Mapping[str, float]]:
-    """Of a step, and of a call beside its steps, which may be nothing, for the ways that all machines have."""
-    ways = [way for way in rows[0].seconds if all(way in row.seconds for row in rows)]
-    seconds = {way: geometric_mean([row.seconds[way] for row in rows]) for way in ways}
-    once = {way: fmean(row.once.get(way, 0.0) for row in rows) for way in ways if any(way in row.once for row in rows)}
+    """Of a step, and of a call beside its steps, which may be nothing, by the way.
+
+    A way that not all machines have stands beside the first one's mean as it stands beside the first on those.
+    """
+    first, *others = dict.fromkeys(way for row in rows for way in row.seconds)
+    seconds = {first: geometric_mean([row.seconds[first] for row in rows])}
+    for way in others:
+        ratios = [row.seconds[way] / row.seconds[first] for row in rows if way in row.seconds]
+        seconds[way] = seconds[first] * geometric_mean(ratios)
+    given = {way for row in rows for way in row.once}
+    once = {way: fmean(row.once.get(way, 0.0) for row in rows if way in row.seconds) for way in seconds if given}
     return seconds, once
 
 

@@ -8,10 +8,13 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
@@ -33,8 +36,9 @@ pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 import numba
 
 from hbp.backends import _numba, _tuning
-from hbp.backends._numba import adjoints, compile, functions, lowrank, scan
+from hbp.backends._numba import adjoints, compile, functions, lowrank, scan, subnormals
 from hbp.backends._numba.compile import Threads
+from hbp.backends._numba.forwards import gru_forward, lstm_forward
 from hbp.backends._tuning import pinned
 
 LENGTHS = (1, 2, 3, 17, 127, 128, 129, 1000)
@@ -360,6 +364,105 @@ def test_adjoints_are_the_plain_pullback(cell, step, dtype, threads, monkeypatch
         assert found[1] is None
 
 
+def by_turns(kernel: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
+    """One thread for all of a team, the first member first."""
+    for part in ranges:
+        kernel(*part)
+
+
+def late(kernel: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
+    """A thread for each of a team, the others long behind the first."""
+    others = [threading.Timer(0.05, kernel, part) for part in ranges[1:]]
+    for other in others:
+        other.start()
+    kernel(*ranges[0])
+    for other in others:
+        other.join()
+
+
+def early(kernel: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
+    """A thread for each of a team, the first behind the others."""
+    members = [threading.Thread(target=kernel, args=part) for part in ranges[1:]]
+    for member in members:
+        member.start()
+    time.sleep(0.01)
+    kernel(*ranges[0])
+    for member in members:
+        member.join()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="threads share units where the system lets others run by name")
+@both_cells
+@both_dtypes
+@pytest.mark.parametrize("spread", ["pool", "torch", by_turns, late, early])
+def test_threads_that_share_the_units_are_one_thread(cell, dtype, spread, monkeypatch, rng):
+    """Bit for bit: whole vectors and less, more threads than vectors, spans of time; whoever comes, and when."""
+    if spread == "torch":
+        spread = pytest.importorskip("hbp.backends.torch.threads")._in_region
+    monkeypatch.setattr(compile, "SMALL", 1)
+    monkeypatch.setattr(adjoints, "SPAN", 1)
+    teams: list[int] = []
+    run = compile._in_pool if spread == "pool" else spread
+    counted = lambda kernel, ranges: teams.append(len(ranges)) or run(kernel, ranges)  # noqa: E731
+    for size, count in (((1, 1, 20), 2), ((9, 3, 129), 2), ((20, 2, 70), 3), ((17, 1, 33), 7), ((9, 2, 1), 7)):
+        pullback, cotangents = problem(cell, rng, size, dtype)
+        if cell == "gru":
+            forward = partial(gru_forward, pullback.params, pullback.x, pullback.h0, True, backend)
+        else:
+            forward = partial(lstm_forward, pullback.params, pullback.x, pullback.initial, backend)
+        found = []
+        for way, threads in (("loop", Threads(1, by_turns)), ("shared", Threads(count, counted))):
+            with pinned({f"{cell} forward": way, f"{cell} backward": way}):
+                states = forward(threads=threads)
+                found.append([*leaves(states), *leaves(ADJOINTS[cell](pullback, cotangents, threads=threads))])
+        for one, several in zip(*found, strict=True):
+            np.testing.assert_array_equal(several, one)
+    assert set(teams) >= {2, 3}
+
+
+TINY = np.finfo(np.float32).tiny
+"""The smallest normal number."""
+
+
+def subnormal(x: Any) -> np.ndarray:
+    return (np.asarray(x) != 0) & (np.abs(x) < TINY)
+
+
+@both_cells
+@pytest.mark.parametrize("solver", [Solver(), Solver(200)], ids=["exact", "rounds"])
+def test_cotangents_too_small_for_normal_numbers_are_zero(cell, solver, threads, rng):
+    """Of the last state alone: they leave float32's normal numbers long before the first one."""
+    pullback, cotangents = problem(cell, rng, ({"gru": 172, "lstm": 150}[cell], 2, 8), "float32")
+    pullback = replace(pullback, params=type(pullback.params)(*(weight / 8 for weight in pullback.params)))
+    cotangents, dh = (cotangents, cotangents) if cell == "gru" else ((cotangents[0], None), cotangents[0])
+    dh[:-1] = 0
+    expected = plain(pullback, cotangents)
+    found = leaves(ADJOINTS[cell](pullback, cotangents, threads=threads, solver=solver))
+    close(found[:5], expected[:5], 1e-5)
+    for first, other in zip(found[5:], expected[5:], strict=True):  # of the initial states
+        assert subnormal(other).any()
+        np.testing.assert_allclose(first, other, rtol=0, atol=100 * TINY)
+        assert not (subnormals.X86 and subnormal(first).any())
+    assert TINY * np.float32(0.5) != 0  # outside the kernels all is as before
+
+
+@pytest.mark.parametrize("kind", ["scan", "in place", "directions"])
+def test_scans_take_what_is_too_small_for_normal_numbers_as_zero(kind, threads):
+    values, c = np.full((140, 3), 0.5, np.float32), np.zeros((141, 3), np.float32)
+    c[-1] = 1
+    expected, found = loop(values, c), c.copy()
+    if kind == "in place":
+        scan.suffix_scan_(values, found, threads)
+    elif kind == "scan":
+        found = scan.suffix_scan(Diagonal(values), c, threads)
+    else:
+        none = hbp.LowRank(np.zeros((1, 3, 1), np.float32), np.zeros((1, 1, 3), np.float32))
+        found = lowrank.low_rank_scan((Diagonal(values) + none).bind(140, c[0], backend), c, threads)
+    assert subnormal(expected).any()
+    np.testing.assert_array_equal(found, np.where(subnormal(expected) & subnormals.X86, 0, expected))
+    assert TINY * np.float32(0.5) != 0
+
+
 @both_cells
 @both_dtypes
 def test_rounds_with_directions_are_the_plain_pullback(cell, dtype, threads, rng):
@@ -423,7 +526,7 @@ def test_increments_that_grow_are_a_warning_of_compiled_rounds_too():
 @both_cells
 def test_each_loop_asks_for_its_own_times_at_its_own_size(cell, monkeypatch, rng):
     asked = []
-    monkeypatch.setattr(_numba.arrays, "fastest", lambda *what: asked.append(what[:4]) or "loop")
+    monkeypatch.setattr(_numba.products, "fastest", lambda *what: asked.append(what[:4]) or "loop")
     pullback, cotangents = problem(cell, rng, (4, 2, 5), "float64")
     assert asked.pop() == (f"{cell} forward", "numpy", 2, 5)
     pullback(cotangents)

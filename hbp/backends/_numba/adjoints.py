@@ -15,9 +15,10 @@ from typing import Any, cast
 import numpy as np
 
 from hbp.backends._numba import loops
-from hbp.backends._numba.arrays import dense, empty, for_loop, gru_bias, in_loop, lstm_bias, rows_of, zeros
+from hbp.backends._numba.arrays import dense, empty, gru_bias, lstm_bias, rows_of, zeros
 from hbp.backends._numba.compile import Threads, as_numpy, own_threads
 from hbp.backends._numba.passes import Loop, Span
+from hbp.backends._numba.products import Product
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 from hbp.cells._common import matmul, previous
 from hbp.core.backend import Array
@@ -69,10 +70,10 @@ def gru_adjoint(
         states = h[a - 1 : b - 1] if a else previous(pullback.h0, h[:b], pullback.backend)
         return _gru_gates(pullback, pullback.x[a:b], states, d, threads)
 
-    def steps(weight: np.ndarray, a: int, b: int, d: Array, pulled: Array) -> Loop:
+    def steps(a: int, b: int, d: Array, pulled: Array) -> Loop:
         states, arrays = (h[a - 1] if a else pullback.h0, h[a:b]), (dh[a:b], pulled, carry, d)
         run = loops.gru_steps(dtype)
-        return partial(run, *map(as_numpy, gates(a, b, d)), *map(dense, states), *map(as_numpy, arrays), weight)
+        return partial(run, *map(as_numpy, gates(a, b, d)), *map(dense, states), *map(as_numpy, arrays))
 
     # the cotangents come as those of n, r, z and the candidate's recurrent part
     inputs = (slice(size, 3 * size), slice(0, 2 * size)), (slice(0, size), slice(2 * size, 3 * size))
@@ -118,10 +119,10 @@ def lstm_adjoint(
     dh, dc = (none if one is None else one for one in dstates)
     carries = tuple(zeros(state, state.shape) for state in (h0, c0))
 
-    def steps(weight: np.ndarray, a: int, b: int, d: Array, pulled: Array) -> Loop:
+    def steps(a: int, b: int, d: Array, pulled: Array) -> Loop:
         states, arrays = (c[a - 1] if a else c0, c[a:b]), (dh[a:b], dc[a:b], pulled, *carries, d)
         run = loops.lstm_steps(dtype)
-        return partial(run, as_numpy(gates[a:b]), *map(dense, states), *map(as_numpy, arrays), weight)
+        return partial(run, as_numpy(gates[a:b]), *map(dense, states), *map(as_numpy, arrays))
 
     every = slice(0, 4 * size)
     columns, how = Columns(((every, every),), every), How(solver, directions, [dh, dc], threads)
@@ -146,7 +147,7 @@ def _lstm_gates(pullback: LSTMPullback, before: Array, threads: Threads) -> Arra
 def _back(
     pullback: Any,
     states: tuple[Array, Array],
-    steps: Callable[[np.ndarray, int, int, Array, Array], Loop],
+    steps: Callable[[int, int, Array, Array], Loop],
     carries: Sequence[Array],
     columns: Columns,
     with_inputs: bool,
@@ -157,8 +158,8 @@ def _back(
     Args:
         pullback: the cell's.
         states: h, the initial ones and all others.
-        steps: the loop over the steps from a to b, given the weights in `panels`, a, b, where ``d`` goes, the
-            cotangents of the pre-activations, (b - a, B, 4H), and what was pulled back.
+        steps: the loop over the steps from a to b, given a, b, where ``d`` goes, the cotangents of the
+            pre-activations, (b - a, B, 4H), and what was pulled back.
         carries: the cotangents that leave a step, zeros; the first gets the products with the weights.
         columns: those of ``d`` in each product.
         with_inputs: whether dx is wanted.
@@ -167,8 +168,11 @@ def _back(
     x, params, backend, (h0, h) = pullback.x, pullback.params, pullback.backend, states
     carry, length = carries[0], len(x)
     batch, size = carry.shape
-    looped = in_loop(f"{'gru' if isinstance(pullback, GRUPullback) else 'lstm'} backward", backend, batch, size)
-    weight = for_loop(params.weight_hh, looped and how.solver.exact)
+    if how.solver.exact:
+        task = f"{'gru' if isinstance(pullback, GRUPullback) else 'lstm'} backward"
+        product = Product.of(task, backend, params.weight_hh, size, (length, batch), how.threads)
+    else:
+        product = Product.called(params.weight_hh, size, how.threads)
     most = max(SPAN // max(4 * size * batch, 1), 8) if how.solver.exact else length
     d = empty(carry, (min(most, length), batch, 4 * size))
     inputs, recurrent = empty(carry, params.weight_ih.shape), empty(carry, params.weight_hh.shape)
@@ -176,11 +180,9 @@ def _back(
     for b in range(length, 0, -most):
         a = max(b - most, 0)
         own = d[: b - a]
-        span = Span(
-            partial(steps, weight, a, b, own), carries, own, columns.recurrent, params.weight_hh, backend, how.threads
-        )
+        span = Span(partial(steps, a, b, own), carries, own, columns.recurrent, params.weight_hh, backend, product)
         if how.solver.exact:
-            span.exact(looped)
+            span.exact()
         else:
             span.rounds(how.solver, how.directions, how.entering)
         rows = own.reshape(((b - a) * batch, 4 * size))

@@ -8,21 +8,8 @@ from typing import Any
 import numpy as np
 
 from hbp.backends._numba.compile import as_numpy
-from hbp.backends._numba.tiles import panels
-from hbp.backends._tuning import fastest
 from hbp.cells import GRUParameters, LSTMParameters
 from hbp.core.backend import Array
-
-
-def in_loop(task: str, backend: Any, batch: int, size: int) -> bool:
-    """Whether each step's product with the recurrent weights is computed in the compiled loop, or by a call of it."""
-    return fastest(task, backend.name, batch, size, ("loop", "calls")) == "loop"
-
-
-def for_loop(weight: Array, in_loop: bool) -> np.ndarray:
-    """The recurrent weights as the loops take them, in `panels`; nothing where products are computed elsewhere."""
-    whole = as_numpy(weight)
-    return panels(whole if in_loop else whole[:0, :0])
 
 
 def gru_bias(params: GRUParameters, dtype: Any) -> np.ndarray:

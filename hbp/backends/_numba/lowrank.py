@@ -12,6 +12,7 @@ import numpy as np
 from hbp.backends._numba.compile import Threads, as_numpy, compiled, contiguous, index, own_threads, reads, writes
 from hbp.backends._numba.rows import packed
 from hbp.backends._numba.scan import spread_out
+from hbp.backends._numba.subnormals import flushed, restored
 from hbp.backends._numba.tiles import add_product
 from hbp.core.operator import Identity, LinearOperator, Pair, Scalar
 from hbp.lowrank import LowRank
@@ -90,6 +91,7 @@ def _scan(
 
     ``low``, (B, r), and ``room``, (2 B, width), are for one step's numbers.
     """
+    control = flushed()
     for i in range(values.shape[0] - 1, -1, -1):
         for b in range(start, stop):
             value, old, new = packed(values[i, b], room[b]), g[i + 1, b], g[i, b]
@@ -106,3 +108,4 @@ def _scan(
         low[start:stop] = 0
         _add_products(g[i + 1], down[i if len(down) > 1 else 0], low, start, stop)
         _add_products(low, up[i if len(up) > 1 else 0], g[i], start, stop)
+    restored(control)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from hbp.backends._numba.arrays import dense, empty
-from hbp.backends._numba.compile import Threads, as_numpy
+from hbp.backends._numba.compile import as_numpy
 from hbp.backends._numba.loops import APART, EXACT, ROUND
+from hbp.backends._numba.products import Product
 from hbp.backends._numba.tiles import BYTES
 from hbp.core.backend import Array
 from hbp.core.solver import Solver
@@ -34,7 +35,7 @@ class Span:
     """Those of ``d`` that belong to the product with the weights."""
     weight: Array
     backend: Any
-    threads: Threads
+    product: Product
 
     @property
     def rows(self) -> Array:
@@ -42,16 +43,18 @@ class Span:
         length, batch, width = self.d.shape
         return self.d.reshape((length * batch, width))[:, self.columns]
 
-    def exact(self, looped: bool) -> None:
+    def exact(self) -> None:
         """From the last step to the first, with the product ``carry += d[t] @ weight`` in the loop or behind each."""
         carry, length = self.carries[0], len(self.d)
-        batch, size = carry.shape
-        run = partial(self.loop(carry[None]), *_Round.none(as_numpy(carry)).arrays)
-        if looped:
-            self.threads.run(partial(run, EXACT, 0, length), batch, length * batch * 4 * size * size)
+        run, others = self.loop(carry[None]), _Round.none(as_numpy(carry)).arrays
+        if self.product.way != "calls":
+            self.product.run(
+                lambda team, start, stop: run(*team, *others, EXACT, 0, length, start, stop), length, len(carry)
+            )
             return
+        step = partial(run, *self.product.alone, *others, APART)
         for t in range(length - 1, -1, -1):
-            run(APART, t, t + 1, 0, batch)
+            step(t, t + 1, 0, len(carry))
             self.backend.add_product(carry, self.d[t][:, self.columns], self.weight)
 
     def rounds(self, solver: Solver, directions: Directions | None, entering: Sequence[Array]) -> None:
@@ -66,14 +69,14 @@ class Span:
         most = solver.most(length)
         pulled = empty(self.carries[0], (length if most else 1, batch, size))
         state = _Round.of(self, solver, directions, entering)
-        run = partial(self.loop(pulled), *state.arrays)
+        run = partial(self.loop(pulled), *self.product.alone, *state.arrays)
         sizes: list[tuple[float, float]] = []
         for k in range(most + 1):
             if k:
                 self.backend.xp.matmul(self.rows, self.weight, out=pulled.reshape((length * batch, size)))
                 for own in self.carries:
                     own[...] = 0
-            self.threads.run(partial(run, ROUND if k else APART, 0, length), batch, 64 * length * batch * size)
+            self.product.threads.run(partial(run, ROUND if k else APART, 0, length), batch, 64 * length * batch * size)
             if state.first:
                 sizes.append(state.measured(self.carries))
                 if solver.settled(sizes[-1]):

@@ -11,6 +11,7 @@ import numpy as np
 
 from hbp.backends._numba.compile import Threads, as_numpy, compiled, flag, index, own_threads, reads, writes
 from hbp.backends._numba.rows import packed, published, stream
+from hbp.backends._numba.subnormals import flushed, restored
 from hbp.core.operator import LinearOperator, Scalar
 
 TILE = 4096
@@ -109,7 +110,7 @@ def _scan(
     room: np.ndarray,
 ) -> None:
     """``room``: (last - first + 2, tile), for a step's states, as those in g may be past the caches, and two rows."""
-    length = values.shape[0]
+    length, control = values.shape[0], flushed()
     for left in range(start, stop, TILE):
         right = min(left + TILE, stop)
         for m in range(first, last):
@@ -127,12 +128,14 @@ def _scan(
                     for n in range(right - left):
                         state[n] = new[n] = value[n] * state[n] + source[n]
     published()
+    restored(control)
 
 
 @compiled(reads(3), writes(3), index, index, index, index, writes(2))
 def _scan_in_place(
     values: np.ndarray, g: np.ndarray, first: int, last: int, start: int, stop: int, room: np.ndarray
 ) -> None:
+    control = flushed()
     for left in range(start, stop, TILE):
         right = min(left + TILE, stop)
         for i in range(values.shape[0] - 1, -1, -1):
@@ -141,6 +144,7 @@ def _scan_in_place(
                 new, old = g[i, m, left:right], g[i + 1, m, left:right]
                 for n in range(right - left):
                     new[n] += value[n] * old[n]
+    restored(control)
 
 
 @compiled(writes(1), index, index)

@@ -30,14 +30,14 @@ WIDEST = {4: 2, 2: 4, 1: PANEL // BYTES}
 """The vectors of a tile of so many rows."""
 
 
-def panels(weight: np.ndarray) -> np.ndarray:
-    """The columns of a matrix (K, N) in panels side by side, (P, K, some), the last filled up with zeros.
+def panels(weight: np.ndarray, width: int = 0) -> np.ndarray:
+    """The columns of a matrix (K, N) in panels side by side, (P, K, some), filled up with zeros to ``width`` at least.
 
     A panel is read from its first number to its last; going down a large matrix's columns took up to twice the time.
     """
-    (length, width), most = weight.shape, PANEL // weight.itemsize
-    found = np.zeros((-(-width // most), length, most), weight.dtype)
-    for panel, first in zip(found, range(0, width, most), strict=True):
+    (length, columns), most = weight.shape, PANEL // weight.itemsize
+    found = np.zeros((-(-max(columns, width) // most), length, most), weight.dtype)
+    for panel, first in zip(found, range(0, columns, most), strict=False):
         part = weight[:, first : first + most]
         panel[:, : part.shape[1]] = part
     return found

@@ -10,7 +10,8 @@ import numpy as np
 from hbp.backends._numba.adjoints import gru_adjoint, lstm_adjoint
 from hbp.backends._numba.compile import Threads
 from hbp.backends._numba.forwards import gru_forward, lstm_forward
-from hbp.backends._timing import SIZES, in_ways, shortest, steps_of
+from hbp.backends._numba.products import ways
+from hbp.backends._timing import SIZES, WORK, in_ways, shortest, steps_of
 from hbp.backends._tuning import Timing
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 
@@ -20,7 +21,7 @@ def loops(backend: Any, convert: Callable[[np.ndarray], Any], threads: Threads) 
     for cell in ("gru", "lstm"):
         for batch, hidden in SIZES:
             for task, run in _tasks(cell, batch, hidden, backend, convert, threads).items():
-                runs = in_ways(task, ("loop", "calls"), run)
+                runs = in_ways(task, ways(threads, hidden, np.dtype(np.float32).itemsize, int(WORK)), run)
                 yield Timing(task, backend.name, batch, hidden, shortest(runs, steps_of(batch, hidden)))
 
 

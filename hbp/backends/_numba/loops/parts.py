@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numba
 
-from hbp.backends._numba.compile import contiguous, writes
+from hbp.backends._numba.compile import contiguous, counters, index, writes
 from hbp.backends._numba.functions import OPTIONS
 from hbp.backends._numba.rows import contiguous_row
-from hbp.backends._numba.tiles import add_panels, add_product
+from hbp.backends._numba.tiles import add_product
 
 APART, EXACT, ROUND = 0, 1, 2
 """Where the product with the weights comes from: it is added between calls, or here, or taken from the round before."""
@@ -16,18 +16,33 @@ LOW = contiguous(2), contiguous(2), writes(3), writes(2)
 """``left, right, low`` and as much room as for one step of the latter."""
 
 
-@numba.njit(**OPTIONS)
-def quarters(row, size):  # type: ignore[no-untyped-def]
-    """A row of four gates' numbers as four."""
-    return row[:size], row[size : 2 * size], row[2 * size : 3 * size], row[3 * size : 4 * size]
+TEAM = contiguous(4), index, counters, index
+"""``weight, own, meeting, me``: see `hbp.backends._numba.loops`."""
 
 
 @numba.njit(**OPTIONS)
-def add_pulled(d, weight, pulled, left, right, low, fresh, carry, product, t, start, stop):  # type: ignore[no-untyped-def]
-    """Add to ``carry`` what ``d``, step t's, gives the state before through the weights, or gave it a round ago."""
-    if product == EXACT:
-        add_panels(d, weight, carry, start, stop)
-    elif product == ROUND:
+def units_of(part, own, size):  # type: ignore[no-untyped-def]
+    """The first unit of a part, and the one behind its last."""
+    return part * own, min((part + 1) * own, size)
+
+
+@numba.njit(**OPTIONS)
+def quarters(row, size, lo, hi):  # type: ignore[no-untyped-def]
+    """Of a row of four gates' numbers, of ``size`` units each, those of some units."""
+    return (
+        row[lo:hi],
+        row[size + lo : size + hi],
+        row[2 * size + lo : 2 * size + hi],
+        row[3 * size + lo : 3 * size + hi],
+    )
+
+
+@numba.njit(**OPTIONS)
+def add_pulled(d, pulled, left, right, low, fresh, carry, product, t, start, stop):  # type: ignore[no-untyped-def]
+    """Add to ``carry`` what ``d``, step t's, gave the state before through the weights a round ago, or what the
+    directions give it more now.
+    """
+    if product == ROUND:
         for b in range(start, stop):
             for i in range(carry.shape[1]):
                 carry[b, i] += pulled[t, b, i]

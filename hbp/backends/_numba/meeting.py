@@ -1,0 +1,147 @@
+"""Threads that go through the steps together: each has its units, and reads what all found at the step before.
+
+So each reads its own columns of the recurrent weights alone, which stay in its core's cache where the whole do not fit.
+They meet at every step by counters that each writes and the others watch. No thread waits for one that may never come:
+until all are there nothing is begun, and where one does not come in time, the first goes through all units alone.
+"""
+
+# ruff: noqa: ARG001 - parameters that Numba wants there
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
+
+LINE = 16
+"""Counters from one thread's to the next one's, so that no two share what a core fetches at once: 128 bytes."""
+TURNS = 1000
+"""Looks at a counter, with the core's shortest pause between, before the system may let others run."""
+PATIENCE = 3000
+"""Looks, about a millisecond, in which threads that are free would have come."""
+BEGUN, CLOSED = -1, -(1 << 40)
+"""What the number of threads that came turns into: all are there, or the others are not waited for."""
+
+
+def meeting(parts: int) -> np.ndarray:
+    """The counters of so many threads, behind the number of those that came; none where one goes alone."""
+    return np.zeros((0 if parts == 1 else LINE * (1 + parts)), np.int64)
+
+
+def _address(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    """Where the counter of an index lies."""
+    return builder.gep(make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+
+
+@intrinsic
+def _seen(typing, counters, i):  # type: ignore[no-untyped-def]
+    """A counter, and whatever its thread had stored before it was."""
+
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.load_atomic(_address(context, builder, signature, arguments), "acquire", 8)
+
+    return types.int64(counters, i), build
+
+
+@intrinsic
+def _show(typing, counters, i, value):  # type: ignore[no-untyped-def]
+    """Set a counter, behind all that was stored before."""
+
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        builder.store_atomic(arguments[2], _address(context, builder, signature, arguments), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(counters, i, types.int64), build
+
+
+@intrinsic
+def _come(typing, counters, i):  # type: ignore[no-untyped-def]
+    """Count one more; returns how many there were."""
+
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        place = _address(context, builder, signature, arguments)
+        return builder.atomic_rmw("add", place, ir.IntType(64)(1), "acq_rel")
+
+    return types.int64(counters, i), build
+
+
+@intrinsic
+def _turn(typing, counters, i, old, new):  # type: ignore[no-untyped-def]
+    """Set a counter if it still is ``old``; returns whether it was."""
+
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        place = _address(context, builder, signature, arguments)
+        found = builder.cmpxchg(place, *arguments[2:], "acq_rel", "acquire")
+        return builder.extract_value(found, 1)
+
+    return types.boolean(counters, i, types.int64, types.int64), build
+
+
+def _call(name: str) -> Any:
+    """An intrinsic that calls a function of the system, or the compiler, without arguments; nothing without a name."""
+
+    @intrinsic
+    def call(typing):  # type: ignore[no-untyped-def]
+        def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            if name:
+                result = ir.IntType(32) if name == _YIELD else ir.VoidType()
+                function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, []), name)
+                builder.call(function, [])
+            return context.get_dummy_value()
+
+        return types.void(), build
+
+    return call
+
+
+_YIELD = "sched_yield"
+_let_others_run = _call(_YIELD)
+_pause = _call("llvm.x86.sse2.pause" if platform.machine() in ("x86_64", "AMD64") else "")
+
+
+@numba.njit(inline="always")
+def _wait(looks):  # type: ignore[no-untyped-def]
+    """Between two looks at a counter; returns their number."""
+    if looks < TURNS:
+        _pause()
+    else:
+        _let_others_run()
+    return looks + 1
+
+
+@numba.njit
+def join(counters, me, parts):  # type: ignore[no-untyped-def]
+    """Which parts thread ``me`` goes through, from the first up to the last: its own, all, or, come too late, none."""
+    if len(counters) == 0:
+        return 0, parts
+    looks = 0
+    if me:
+        if _come(counters, 0) < 0:
+            return 0, 0
+        while _seen(counters, 0) >= 0:
+            looks = _wait(looks)
+        return (me, me + 1) if _seen(counters, 0) == BEGUN else (0, 0)
+    while True:
+        came = _seen(counters, 0)
+        if came == parts - 1:
+            _show(counters, 0, BEGUN)
+            return 0, 1
+        if looks >= PATIENCE and _turn(counters, 0, came, CLOSED):
+            return 0, parts
+        looks = _wait(looks)
+
+
+@numba.njit(inline="always")
+def meet(counters, me, parts, turn):  # type: ignore[no-untyped-def]
+    """Go on when all have come to their ``turn``-th meeting, from 1 on."""
+    _show(counters, LINE * (1 + me), turn)
+    for other in range(parts):
+        looks = 0
+        while _seen(counters, LINE * (1 + other)) < turn:
+            looks = _wait(looks)
