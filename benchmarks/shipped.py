@@ -43,17 +43,22 @@ def mean(machines: Sequence[Timings]) -> Timings:
 
 
 def _means(rows: Sequence[Timing]) -> tuple[Mapping[str, float], Mapping[str, float]]:
-    """Of a step, and of a call beside its steps, which may be nothing, by the way.
+    """Of a step, and of a call beside its steps, which may be nothing, or not known, by the way.
 
-    A way that not all machines have stands beside the first one's mean as it stands beside the first on those.
+    A way that not all machines have stands beside the fastest of the others as it does on those that have it.
     """
-    first, *others = dict.fromkeys(way for row in rows for way in row.seconds)
-    seconds = {first: geometric_mean([row.seconds[first] for row in rows])}
-    for way in others:
-        ratios = [row.seconds[way] / row.seconds[first] for row in rows if way in row.seconds]
-        seconds[way] = seconds[first] * geometric_mean(ratios)
-    given = {way for row in rows for way in row.once}
-    once = {way: fmean(row.once.get(way, 0.0) for row in rows if way in row.seconds) for way in seconds if given}
+    ways = dict.fromkeys(way for row in rows for way in row.seconds)
+    common = [way for way in ways if all(way in row.seconds for row in rows)]
+    fastest = [min(row.seconds[way] for way in common) for row in rows]
+    seconds = {}
+    for way in ways:
+        ratios = [row.seconds[way] / best for row, best in zip(rows, fastest, strict=True) if way in row.seconds]
+        seconds[way] = geometric_mean(fastest) * geometric_mean(ratios)
+    once = {
+        way: fmean(row.once[way] for row in rows if way in row.once)
+        for way in ways
+        if any(way in row.once for row in rows)
+    }
     return seconds, once
 
 

@@ -36,7 +36,7 @@ pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 import numba
 
 from hbp.backends import _numba, _tuning
-from hbp.backends._numba import adjoints, compile, functions, lowrank, scan, subnormals
+from hbp.backends._numba import adjoints, compile, functions, lowrank, products, scan, subnormals
 from hbp.backends._numba.compile import Threads
 from hbp.backends._numba.forwards import gru_forward, lstm_forward
 from hbp.backends._tuning import pinned
@@ -302,14 +302,14 @@ def test_products_in_tiles(dtype, width, monkeypatch, rng):
     """
     monkeypatch.setattr(_tuning, "vector_bytes", lambda: width)
     tiles = runpy.run_path(str(Path(_numba.__file__).with_name("tiles.py")))
-    add_product, add_panels, panels = (tiles[name] for name in ("add_product", "add_panels", "panels"))
+    add_product, add_panels = tiles["add_product"], tiles["add_panels"]
     whole = numba.njit(lambda rows, weight, sums, start, stop: add_product(rows, weight, sums, start, stop))
     in_panels = numba.njit(lambda rows, weight, sums, start, stop: add_panels(rows, weight, sums, start, stop))
     for batch, length, columns in product(range(9), (0, 1, 5), (0, 1, 7, 8, 16, 17, 31, 33, 64, 72, 129)):
         rows = rng.standard_normal((batch, length + 2)).astype(dtype)[:, 1 : length + 1]
         weight, sums = (rng.standard_normal((n, columns)).astype(dtype) for n in (length, batch))
         expected = np.vstack([sums[:1], sums[1:] + rows[1:] @ weight])
-        for add, given in ((whole, weight), (in_panels, panels(weight))):
+        for add, given in ((whole, weight), (in_panels, products.panels(weight, columns, max(columns, 1))[0])):
             found = np.concatenate([sums, np.full_like(sums, 7)], 1)  # beside the sums nothing is written
             add(rows, given, found[:, :columns], min(1, batch), batch)
             np.testing.assert_allclose(found[:, :columns], expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

@@ -203,8 +203,8 @@ def test_shipped_times_are_the_geometric_means_of_those_of_several_machines(tmp_
     assert make_shipped([str(tmp_path / name) for name in ("a", "b", "made")]) == 0
     found = read(tmp_path / "made")
     assert found.source == "shipped with hbp, measured on A and B"
-    each = {"library": 2.0, "adjoint": 1.0, "compiled": 0.5}  # on B a quarter of the first way's
-    mean = replace(one, seconds=each, once={"library": 1.5, "adjoint": 0.5, "compiled": 0.0})
+    each = {"library": 2.0, "adjoint": 1.0, "compiled": 1.41}  # on B twice the fastest's, sqrt(1/2) in the mean
+    mean = replace(one, seconds=each, once={"library": 1.5, "adjoint": 1.0})
     assert found.rows == (mean, alone)
     assert make_shipped([str(tmp_path / "made")]) == 2
 

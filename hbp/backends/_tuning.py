@@ -99,9 +99,9 @@ def pinned(ways: Mapping[str, str]) -> Iterator[None]:
         _pinned.reset(token)
 
 
-def fastest(task: str, library: str, rows: int, width: int, among: tuple[str, ...]) -> str:
-    """The fastest of some ways at the nearest size measured; the first of them where none was."""
-    return explained(task, library, rows, width, among)[0]
+def fastest(task: str, library: str, rows: int, width: int, among: tuple[str, ...], steps: float = math.inf) -> str:
+    """The fastest of some ways at the nearest size measured, in calls of so many steps; the first where none was."""
+    return explained(task, library, rows, width, among, steps)[0]
 
 
 def explained(

@@ -119,13 +119,9 @@ class Threads:
     count: int
     spread: Spread
 
-    def paid(self, work: int) -> int:
-        """How many of them so many multiplications pay for."""
-        return max(min(self.count, work // SMALL), 1)
-
     def run(self, kernel: Callable[[int, int], None], size: int, work: int) -> None:
         """Call ``kernel(start, stop)`` on ranges that make up ``range(size)``, where ``work`` multiplications pay."""
-        parts = max(min(self.paid(work), size), 1)
+        parts = max(min(self.count, size, work // SMALL), 1)
         cuts = [size * part // parts for part in range(parts + 1)]
         ranges = list(pairwise(cuts))
         if parts == 1:

@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from hbp.backends._numba.compile import Threads, as_numpy, own_threads
+from hbp.backends._numba.compile import Threads, as_numpy, compiled, index, own_threads, reads, writes
 from hbp.backends._numba.meeting import meeting
-from hbp.backends._numba.tiles import BYTES, panels
+from hbp.backends._numba.tiles import BYTES, PANEL
 from hbp.backends._tuning import fastest
 from hbp.core.backend import Array
 
@@ -21,6 +21,9 @@ Way: TypeAlias = Literal["loop", "shared", "calls"]
 
 Team: TypeAlias = tuple[np.ndarray, int, np.ndarray, int]
 """The loops' ``weight, own, meeting, me`` (`hbp.backends._numba.loops`)."""
+
+BLOCK = 64
+"""Rows of a panel that are filled at once: they and what they come from are in the first cache."""
 
 MOST = 4
 """The most threads that share units: at every step all wait for the last."""
@@ -43,15 +46,12 @@ class Product:
     ) -> Product:
         """The fastest way of a task, as "gru forward", at hidden size ``size`` and so many steps and batch entries."""
         whole, threads, (length, batch) = as_numpy(weight), threads or own_threads(), steps
-        sizes = size, whole.itemsize, length * batch * whole.size
-        way: Any = fastest(task, backend.name, batch, size, ways(threads, *sizes))
+        among = ways(threads, size, whole.itemsize)
+        way: Any = fastest(task, backend.name, batch, size, among, length)
         if way == "calls":
             return cls.called(weight, size, threads)
-        own = _own(threads, *sizes) if way == "shared" else size
-        by_gate = whole.reshape((len(whole), -1, size))
-        parts = [by_gate[:, :, first : first + own] for first in range(0, max(size, 1), max(own, 1))]
-        found = [panels(part.reshape((len(whole), -1)), parts[0][0].size) for part in parts]
-        return cls(way, np.stack(found) if len(found) > 1 else found[0][None], own, threads)
+        own = _own(threads, size, whole.itemsize) if way == "shared" else size
+        return cls(way, panels(whole, size, own), own, threads)
 
     @classmethod
     def called(cls, weight: Array, size: int, threads: Threads) -> Product:
@@ -72,13 +72,43 @@ class Product:
             self.threads.run(partial(loop, self.alone), batch, length * batch * self.weight.size)
 
 
-def ways(threads: Threads, size: int, itemsize: int, work: int) -> tuple[Way, ...]:
-    """Those that there are for some threads and units, if so many multiplications are to be done."""
-    several = os.name == "posix" and _own(threads, size, itemsize, work) < size
+def ways(threads: Threads, size: int, itemsize: int) -> tuple[Way, ...]:
+    """Those that there are for some threads and units."""
+    several = os.name == "posix" and _own(threads, size, itemsize) < size
     return ("loop", "calls", "shared") if several else ("loop", "calls")
 
 
-def _own(threads: Threads, size: int, itemsize: int, work: int) -> int:
+def _own(threads: Threads, size: int, itemsize: int) -> int:
     """The units of each thread's part: whole vectors."""
     lanes = BYTES // itemsize
-    return -(-size // (min(threads.paid(work), MOST) * lanes)) * lanes
+    return -(-size // (min(threads.count, MOST) * lanes)) * lanes
+
+
+def panels(weight: np.ndarray, size: int, own: int) -> np.ndarray:
+    """The columns of a matrix, (K, gates * size), as panels of each part of the units, (parts, P, K, some).
+
+    A part has ``own`` units of each gate, the last perhaps fewer; its columns stand in panels side by side, the last
+    filled up with zeros. A panel is read from its first number to its last; going down a large matrix's columns took up
+    to twice the time.
+    """
+    (length, width), most = weight.shape, PANEL // weight.itemsize
+    parts, columns = -(-size // own) if size else 1, own * (width // size) if size else 0
+    found = np.zeros((parts, -(-columns // most), length, most), weight.dtype)
+    _fill(found.dtype)(weight, found, size, own)
+    return found
+
+
+@compiled(reads(2), writes(4), index, index)
+def _fill(weight: np.ndarray, found: np.ndarray, size: int, own: int) -> None:
+    """Block by block, so that a matrix in either order is read as it lies."""
+    length, most, gates = weight.shape[0], found.shape[3], weight.shape[1] // max(size, 1)
+    for part in range(found.shape[0]):
+        units = min(own, size - part * own)
+        for p in range(found.shape[1]):
+            for first in range(0, length, BLOCK):
+                last = min(first + BLOCK, length)
+                for j in range(min(most, gates * units - p * most)):
+                    gate, unit = divmod(p * most + j, units)
+                    column = gate * size + part * own + unit
+                    for k in range(first, last):
+                        found[part, p, k, j] = weight[k, column]

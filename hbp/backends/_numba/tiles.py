@@ -13,7 +13,6 @@ from itertools import product
 from typing import Any
 
 import numba
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -24,23 +23,10 @@ BYTES = vector_bytes()
 """Of a vector."""
 
 PANEL = 256
-"""Bytes of a row of a panel."""
+"""Bytes of a row of a panel (`hbp.backends._numba.products.panels`)."""
 
 WIDEST = {4: 2, 2: 4, 1: PANEL // BYTES}
 """The vectors of a tile of so many rows."""
-
-
-def panels(weight: np.ndarray, width: int = 0) -> np.ndarray:
-    """The columns of a matrix (K, N) in panels side by side, (P, K, some), filled up with zeros to ``width`` at least.
-
-    A panel is read from its first number to its last; going down a large matrix's columns took up to twice the time.
-    """
-    (length, columns), most = weight.shape, PANEL // weight.itemsize
-    found = np.zeros((-(-max(columns, width) // most), length, most), weight.dtype)
-    for panel, first in zip(found, range(0, columns, most), strict=False):
-        part = weight[:, first : first + most]
-        panel[:, : part.shape[1]] = part
-    return found
 
 
 def _tile(height: int, width: int) -> Any:
@@ -157,7 +143,7 @@ def add_product(rows, weight, sums, start, stop):  # type: ignore[no-untyped-def
 
 @numba.njit(inline="always")
 def add_panels(rows, weight, sums, start, stop):  # type: ignore[no-untyped-def]
-    """`add_product` with a weight in `panels`."""
+    """`add_product` with a weight in panels."""
     most = PANEL // sums.itemsize
     for p in range(weight.shape[0]):
         add_product(rows, weight[p], sums[:, p * most : (p + 1) * most], start, stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,23 @@ from hbp.backends._numba.adjoints import gru_adjoint, lstm_adjoint
 from hbp.backends._numba.compile import Threads
 from hbp.backends._numba.forwards import gru_forward, lstm_forward
 from hbp.backends._numba.products import ways
-from hbp.backends._timing import SIZES, WORK, in_ways, shortest, steps_of
+from hbp.backends._timing import SIZES, apart, in_ways, steps_of
 from hbp.backends._tuning import Timing
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 
 
 def loops(backend: Any, convert: Callable[[np.ndarray], Any], threads: Threads) -> Iterator[Timing]:
     """The times of both cells' loops on a library's arrays, size by size."""
-    for cell in ("gru", "lstm"):
-        for batch, hidden in SIZES:
-            for task, run in _tasks(cell, batch, hidden, backend, convert, threads).items():
-                runs = in_ways(task, ways(threads, hidden, np.dtype(np.float32).itemsize, int(WORK)), run)
-                yield Timing(task, backend.name, batch, hidden, shortest(runs, steps_of(batch, hidden)))
+    for cell, (batch, hidden) in product(("gru", "lstm"), SIZES):
+        among, count = ways(threads, hidden, np.dtype(np.float32).itemsize), steps_of(batch, hidden)
+        whole, single = (_tasks(cell, batch, hidden, steps, backend, convert, threads) for steps in (count, 1))
+        for task in whole:
+            runs, one = (in_ways(task, among, tasks[task]) for tasks in (whole, single))
+            yield Timing(task, backend.name, batch, hidden, *apart(runs, one, count))
 
 
 def _tasks(
-    cell: str, batch: int, hidden: int, backend: Any, convert: Callable[[np.ndarray], Any], threads: Threads
+    cell: str, batch: int, hidden: int, steps: int, backend: Any, convert: Callable[[np.ndarray], Any], threads: Threads
 ) -> dict[str, Callable[[], Any]]:
     """The forward that keeps the gates, and the exact way back from them with the inputs' gradients."""
     rng, gates = np.random.default_rng(0), 3 if cell == "gru" else 4
@@ -35,7 +37,7 @@ def _tasks(
         return convert(rng.standard_normal(shape, dtype=np.float32) / np.float32(hidden**0.5))
 
     weights = array(gates * hidden, hidden), array(gates * hidden, hidden), array(gates * hidden), array(gates * hidden)
-    x, dh = (array(steps_of(batch, hidden), batch, hidden) for _ in range(2))
+    x, dh = (array(steps, batch, hidden) for _ in range(2))
     state = array(batch, hidden)
     if cell == "gru":
         gru = GRUParameters(*weights)
