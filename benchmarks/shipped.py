@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean, geometric_mean
 
 from hbp.backends import _tuning
+from hbp.backends._timing import steps_of
 from hbp.backends._tuning import Timing, Timings
 
 
@@ -43,23 +44,33 @@ def mean(machines: Sequence[Timings]) -> Timings:
 
 
 def _means(rows: Sequence[Timing]) -> tuple[Mapping[str, float], Mapping[str, float]]:
-    """Of a step, and of a call beside its steps, which may be nothing, or not known, by the way.
+    """By the way: the seconds of a step, and those of a call beside its steps where a machine knows them apart.
 
-    A way that not all machines have stands beside the fastest of the others as it does on those that have it.
+    Where one does not, a call takes it as long as the others, but at most half of its time. A way that not all machines
+    have stands beside the fastest of the others as it does on those that have it.
     """
     ways = dict.fromkeys(way for row in rows for way in row.seconds)
-    common = [way for way in ways if all(way in row.seconds for row in rows)]
-    fastest = [min(row.seconds[way] for way in common) for row in rows]
+    known = {way: [row.once[way] for row in rows if way in row.once] for way in ways}
+    once = {way: fmean(found) for way, found in known.items() if found}
+    steps = [_steps(row, once) for row in rows]
+    common = [way for way in ways if all(way in found for found in steps)]
+    if not common:
+        raise ValueError(f"{rows[0].task} has no way that all machines have; measure them with one version")
+    fastest = [min(found[way] for way in common) for found in steps]
     seconds = {}
     for way in ways:
-        ratios = [row.seconds[way] / best for row, best in zip(rows, fastest, strict=True) if way in row.seconds]
+        ratios = [found[way] / best for found, best in zip(steps, fastest, strict=True) if way in found]
         seconds[way] = geometric_mean(fastest) * geometric_mean(ratios)
-    once = {
-        way: fmean(row.once[way] for row in rows if way in row.once)
-        for way in ways
-        if any(way in row.once for row in rows)
-    }
     return seconds, once
+
+
+def _steps(row: Timing, once: Mapping[str, float]) -> dict[str, float]:
+    """The seconds of each step alone."""
+    count = steps_of(row.rows, row.width)
+    return {
+        way: time if way in row.once else max(time - once.get(way, 0.0) / count, time / 2)
+        for way, time in row.seconds.items()
+    }
 
 
 if __name__ == "__main__":

@@ -4,5 +4,4 @@ from __future__ import annotations
 
 from experiments.gates import without
 
-TITLE = "Without strong directions: a wide LSTM on the adding problem"
-EXPERIMENT = without("wide_gates", TITLE, "adding-256-wide-lstm")
+EXPERIMENT = without("wide_gates", "A wide LSTM on the adding problem without them", "adding-256-wide-lstm")

@@ -16,7 +16,7 @@ LIBRARIES = ("numpy", "torch")
 
 
 def tune(libraries: Sequence[str], tell: Callable[[str], None] = print, path: Path | None = None) -> Path:
-    """Measure on this machine, tell each result, and keep them; about a minute for both libraries.
+    """Measure on this machine, tell each result, and keep them; a minute or two for both libraries.
 
     Args:
         libraries: "numpy", "torch" or both; those left out keep the times that they have.

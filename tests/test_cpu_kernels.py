@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,7 @@ pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 import numba
 
 from hbp.backends import _numba, _tuning
-from hbp.backends._numba import adjoints, compile, functions, lowrank, products, scan, subnormals
+from hbp.backends._numba import adjoints, compile, functions, lowrank, meeting, products, scan, subnormals
 from hbp.backends._numba.compile import Threads
 from hbp.backends._numba.forwards import gru_forward, lstm_forward
 from hbp.backends._tuning import pinned
@@ -365,13 +364,23 @@ def test_adjoints_are_the_plain_pullback(cell, step, dtype, threads, monkeypatch
 
 
 def by_turns(kernel: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
-    """One thread for all of a team, the first member first."""
+    """One thread for all."""
     for part in ranges:
         kernel(*part)
 
 
+def backwards(kernel: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
+    """One thread for all, the last first."""
+    by_turns(kernel, ranges[::-1])
+
+
+def without_the_first(kernel: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
+    """One thread for all but the first, which something has stopped."""
+    by_turns(kernel, ranges[1:])
+
+
 def late(kernel: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
-    """A thread for each of a team, the others long behind the first."""
+    """A thread for each, all but the first long behind it."""
     others = [threading.Timer(0.05, kernel, part) for part in ranges[1:]]
     for other in others:
         other.start()
@@ -380,44 +389,97 @@ def late(kernel: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> N
         other.join()
 
 
-def early(kernel: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
-    """A thread for each of a team, the first behind the others."""
-    members = [threading.Thread(target=kernel, args=part) for part in ranges[1:]]
-    for member in members:
-        member.start()
-    time.sleep(0.01)
-    kernel(*ranges[0])
-    for member in members:
-        member.join()
+SPREADS = ["pool", "torch", by_turns, backwards, without_the_first, late]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="threads share units where the system lets others run by name")
+@pytest.mark.skipif(not meeting.POSIX, reason="no threads go together here")
 @both_cells
 @both_dtypes
-@pytest.mark.parametrize("spread", ["pool", "torch", by_turns, late, early])
+@pytest.mark.parametrize("spread", SPREADS)
 def test_threads_that_share_the_units_are_one_thread(cell, dtype, spread, monkeypatch, rng):
     """Bit for bit: whole vectors and less, more threads than vectors, spans of time; whoever comes, and when."""
-    if spread == "torch":
-        spread = pytest.importorskip("hbp.backends.torch.threads")._in_region
-    monkeypatch.setattr(compile, "SMALL", 1)
+    if spread in ("pool", "torch"):
+        own = pytest.importorskip("hbp.backends.torch.threads") if spread == "torch" else None
+        spread = own._in_region if own and own._openmp() else compile._in_pool
     monkeypatch.setattr(adjoints, "SPAN", 1)
-    teams: list[int] = []
-    run = compile._in_pool if spread == "pool" else spread
-    counted = lambda kernel, ranges: teams.append(len(ranges)) or run(kernel, ranges)  # noqa: E731
-    for size, count in (((1, 1, 20), 2), ((9, 3, 129), 2), ((20, 2, 70), 3), ((17, 1, 33), 7), ((9, 2, 1), 7)):
-        pullback, cotangents = problem(cell, rng, size, dtype)
+    lanes = products.BYTES // np.dtype(dtype).itemsize
+    for length, batch, size, count in ((1, 1, lanes + 4, 2), (9, 3, 129, 2), (17, 2, 4 * lanes + 6, 3), (9, 0, 33, 7)):
+        pullback, cotangents = problem(cell, rng, (length, batch, size), dtype)
         if cell == "gru":
             forward = partial(gru_forward, pullback.params, pullback.x, pullback.h0, True, backend)
         else:
             forward = partial(lstm_forward, pullback.params, pullback.x, pullback.initial, backend)
+        several = Threads(count, spread)
+        assert "shared" in products.ways(several, size, np.dtype(dtype).itemsize)
         found = []
-        for way, threads in (("loop", Threads(1, by_turns)), ("shared", Threads(count, counted))):
+        for way, threads in (("loop", Threads(1, by_turns)), ("shared", several)):
             with pinned({f"{cell} forward": way, f"{cell} backward": way}):
                 states = forward(threads=threads)
                 found.append([*leaves(states), *leaves(ADJOINTS[cell](pullback, cotangents, threads=threads))])
-        for one, several in zip(*found, strict=True):
-            np.testing.assert_array_equal(several, one)
-    assert set(teams) >= {2, 3}
+        for one, other in zip(*found, strict=True):
+            np.testing.assert_array_equal(other, one)
+
+
+@numba.njit(nogil=True)
+def _join(counters: np.ndarray, me: int, parts: int) -> tuple[int, int]:
+    first, last = meeting.join(counters, me, parts)
+    return first, last
+
+
+@numba.njit(nogil=True)
+def _walk(counters: np.ndarray, me: int, traces: np.ndarray) -> int:
+    """Leave a trace at every turn, one member in its own time, meet, and count those of others that are not there."""
+    missing, x = 0, 1.0
+    for turn in range(len(traces)):
+        if (turn + me) % 3 == 0:
+            for _ in range(300):
+                x = 1.0 / (1.0 + x)
+        traces[turn, me] += x > 0
+        meeting.meet(counters, me, traces.shape[1], turn + 1)
+        missing += traces.shape[1] - traces[turn].sum()
+    return missing
+
+
+@pytest.mark.skipif(not meeting.POSIX, reason="no threads go together here")
+def test_threads_go_together_where_all_come_and_else_one_goes_alone():
+    for parts in (2, 3, 4):
+        _join(meeting.meeting(1), 0, parts)  # compiled
+        with ThreadPoolExecutor(parts) as pool:
+            for _ in range(20):
+                counters = meeting.meeting(parts)
+                found = list(pool.map(lambda me, on=counters, n=parts: _join(on, me, n), range(parts)))
+                alone = found.count((0, parts)) == 1 and found.count((0, 0)) == parts - 1  # on a busy machine
+                if found == [(me, me + 1) for me in range(parts)]:
+                    break
+                assert alone
+            else:
+                pytest.fail("they never went together")
+            counters = meeting.meeting(parts)
+            some = list(pool.map(lambda me, on=counters, n=parts: _join(on, me, n), range(1, parts)))
+            assert sorted(some) == [(0, 0)] * (parts - 2) + [(0, parts)]
+            assert _join(counters, 0, parts) == (0, 0)
+
+
+@pytest.mark.skipif(not meeting.POSIX, reason="no threads go together here")
+@pytest.mark.parametrize("members", [2, 3])
+def test_nobody_goes_on_from_a_meeting_before_all_have_come(members):
+    _walk(meeting.meeting(2), 0, np.zeros((0, 2), np.int64))
+    counters, traces = meeting.meeting(members), np.zeros((2000, members), np.int64)
+    with ThreadPoolExecutor(members) as pool:
+        assert list(pool.map(lambda me: _walk(counters, me, traces), range(members))) == [0] * members
+    assert (traces == 1).all()
+
+
+@pytest.mark.parametrize("posix", [True, False])
+def test_the_systems_functions_are_called_where_they_are(posix, monkeypatch):
+    """A name that is nowhere would end the process when the code is loaded."""
+    if posix and not meeting.POSIX:
+        pytest.skip("no such system")
+    monkeypatch.setattr(meeting, "POSIX", posix)
+    fresh = numba.njit(meeting.join.py_func)
+    fresh(np.zeros(0, np.int64), 0, 1)
+    (text,) = fresh.inspect_llvm().values()
+    assert ("sched_yield" in text, "clock_gettime" in text) == (posix, posix)
 
 
 TINY = np.finfo(np.float32).tiny
@@ -437,13 +499,25 @@ def test_cotangents_too_small_for_normal_numbers_are_zero(cell, solver, threads,
     cotangents, dh = (cotangents, cotangents) if cell == "gru" else ((cotangents[0], None), cotangents[0])
     dh[:-1] = 0
     expected = plain(pullback, cotangents)
-    found = leaves(ADJOINTS[cell](pullback, cotangents, threads=threads, solver=solver))
+    with pinned({f"{cell} backward": "loop"}):  # of calls, the library's product has the last word
+        found = leaves(ADJOINTS[cell](pullback, cotangents, threads=threads, solver=solver))
     close(found[:5], expected[:5], 1e-5)
     for first, other in zip(found[5:], expected[5:], strict=True):  # of the initial states
         assert subnormal(other).any()
         np.testing.assert_allclose(first, other, rtol=0, atol=100 * TINY)
         assert not (subnormals.X86 and subnormal(first).any())
     assert TINY * np.float32(0.5) != 0  # outside the kernels all is as before
+
+
+def test_a_thread_that_takes_them_as_zero_itself_goes_on_so(rng):
+    torch = pytest.importorskip("torch")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such setting")
+    try:
+        scan.suffix_scan(Diagonal(np.ones((3, 2), np.float32)), np.ones((4, 2), np.float32))
+        assert TINY * np.float32(0.5) == 0
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize("kind", ["scan", "in place", "directions"])
@@ -526,11 +600,12 @@ def test_increments_that_grow_are_a_warning_of_compiled_rounds_too():
 @both_cells
 def test_each_loop_asks_for_its_own_times_at_its_own_size(cell, monkeypatch, rng):
     asked = []
-    monkeypatch.setattr(_numba.products, "fastest", lambda *what: asked.append(what[:4]) or "loop")
+    monkeypatch.setattr(_numba.products, "fastest", lambda *what: asked.append(what) or "loop")
     pullback, cotangents = problem(cell, rng, (4, 2, 5), "float64")
-    assert asked.pop() == (f"{cell} forward", "numpy", 2, 5)
+    ways = products.ways(compile.own_threads(), 5, 8)
+    assert asked.pop() == (f"{cell} forward", "numpy", 2, 5, ways, 4)
     pullback(cotangents)
-    assert asked == [(f"{cell} backward", "numpy", 2, 5)]
+    assert asked == [(f"{cell} backward", "numpy", 2, 5, ways, 4)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -20,16 +20,16 @@ REPEATS = 4
 
 def steps_of(batch: int, hidden: int) -> int:
     """How many steps are timed."""
-    return int(max(16, min(512, WORK / (batch * hidden * hidden))))
+    return int(max(32, min(512, WORK / (batch * hidden * hidden))))
 
 
 def apart(
-    runs: dict[str, Callable[[], Any]], single: dict[str, Callable[[], Any]], steps: int
+    runs: dict[str, Callable[[], Any]], shorter: dict[str, Callable[[], Any]], steps: int, fewer: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The seconds of each step of runs of so many, and of each call beside, from runs of a ``single`` step."""
-    whole, one = shortest(runs, 1), shortest(single, 1)
-    each = {name: max(whole[name] - one[name], 0.0) / (steps - 1) or whole[name] / steps for name in runs}
-    return each, {name: max(one[name] - each[name], 0.0) for name in runs}
+    """The seconds of each step, and of each call beside its steps, from runs of so many steps and of fewer."""
+    whole, part = shortest(runs, 1), shortest(shorter, 1)
+    each = {name: max(whole[name] - part[name], 0.0) / (steps - fewer) or whole[name] / steps for name in runs}
+    return each, {name: max(whole[name] - steps * each[name], 0.0) for name in runs}
 
 
 def shortest(runs: dict[str, Callable[[], Any]], steps: int) -> dict[str, float]:

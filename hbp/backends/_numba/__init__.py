@@ -1,7 +1,7 @@
 """Kernels for CPUs, compiled by Numba: the suffix scans, and the adjoints of the GRU and the LSTM.
 
 They work on NumPy arrays and, since ``numpy.asarray`` copies nothing, on PyTorch's CPU tensors. They release the
-interpreter's lock and are spread over threads by channels or batch entries; compiled code is cached on disk.
+interpreter's lock and are spread over threads by channels, batch entries or units; compiled code is cached on disk.
 """
 
 from hbp.backends._numba.adjoints import gru_adjoint, lstm_adjoint

@@ -170,7 +170,7 @@ def _back(
     batch, size = carry.shape
     if how.solver.exact:
         task = f"{'gru' if isinstance(pullback, GRUPullback) else 'lstm'} backward"
-        product = Product.of(task, backend, params.weight_hh, size, (length, batch), how.threads)
+        product = Product.of(task, backend, params.weight_hh, size, length, batch, how.threads)
     else:
         product = Product.called(params.weight_hh, size, how.threads)
     most = max(SPAN // max(4 * size * batch, 1), 8) if how.solver.exact else length

@@ -29,7 +29,7 @@ def gru_forward(
     ([0.5, 0.25], [(2, 1, 3), (2, 1, 1)])
     """
     (length, batch, _), size, weight = x.shape, h0.shape[-1], params.weight_hh.T
-    product = Product.of("gru forward", backend, weight, size, (length, batch), threads)
+    product = Product.of("gru forward", backend, weight, size, length, batch, threads)
     a, h, q = (
         matmul(x, params.weight_ih.T),
         empty(h0, (length, batch, size)),
@@ -53,7 +53,7 @@ def lstm_forward(
     """All states h and c, (T, B, H), and the gates i, f, g, o, (T, B, 4H)."""
     (length, batch, _), (h0, c0), weight = x.shape, initial, params.weight_hh.T
     size = h0.shape[-1]
-    product = Product.of("lstm forward", backend, weight, size, (length, batch), threads)
+    product = Product.of("lstm forward", backend, weight, size, length, batch, threads)
     a, h, c = matmul(x, params.weight_ih.T), empty(h0, (length, batch, size)), empty(h0, (length, batch, size))
     rec = empty(h0, (len(product.weight), batch, 4 * product.own))
     dtype = as_numpy(a).dtype

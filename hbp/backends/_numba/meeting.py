@@ -2,13 +2,14 @@
 
 So each reads its own columns of the recurrent weights alone, which stay in its core's cache where the whole do not fit.
 They meet at every step by counters that each writes and the others watch. No thread waits for one that may never come:
-until all are there nothing is begun, and where one does not come in time, the first goes through all units alone.
+until all are there nothing is begun, and where one does not come in time, another goes through all units alone.
 """
 
 # ruff: noqa: ARG001 - parameters that Numba wants there
 from __future__ import annotations
 
-import platform
+import os
+import time
 from typing import Any
 
 import numba
@@ -19,14 +20,20 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
+from hbp.backends._numba.subnormals import X86
+
+POSIX = os.name == "posix"
+"""Whether the system lets others run, and tells the time, by these names; elsewhere no threads go together."""
+CLOCK = getattr(time, "CLOCK_MONOTONIC", 0)
+
 LINE = 16
 """Counters from one thread's to the next one's, so that no two share what a core fetches at once: 128 bytes."""
-TURNS = 1000
-"""Looks at a counter, with the core's shortest pause between, before the system may let others run."""
-PATIENCE = 3000
-"""Looks, about a millisecond, in which threads that are free would have come."""
-BEGUN, CLOSED = -1, -(1 << 40)
-"""What the number of threads that came turns into: all are there, or the others are not waited for."""
+LOOKS = 100
+"""At a counter, before the system may let others run: a meeting of threads that all run takes fewer."""
+PATIENCE = 1_000_000
+"""Nanoseconds in which threads that are free come."""
+CLOSED = -(1 << 40)
+"""What the number of threads that came turns into where the others are not waited for."""
 
 
 def meeting(parts: int) -> np.ndarray:
@@ -83,32 +90,56 @@ def _turn(typing, counters, i, old, new):  # type: ignore[no-untyped-def]
     return types.boolean(counters, i, types.int64, types.int64), build
 
 
-def _call(name: str) -> Any:
-    """An intrinsic that calls a function of the system, or the compiler, without arguments; nothing without a name."""
+@intrinsic
+def _pause(typing):  # type: ignore[no-untyped-def]
+    """The shortest rest that x86 processors know."""
 
-    @intrinsic
-    def call(typing):  # type: ignore[no-untyped-def]
-        def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            if name:
-                result = ir.IntType(32) if name == _YIELD else ir.VoidType()
-                function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, []), name)
-                builder.call(function, [])
-            return context.get_dummy_value()
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        if X86:
+            _call(builder, ir.VoidType(), "llvm.x86.sse2.pause")
+        return context.get_dummy_value()
 
-        return types.void(), build
-
-    return call
+    return types.void(), build
 
 
-_YIELD = "sched_yield"
-_let_others_run = _call(_YIELD)
-_pause = _call("llvm.x86.sse2.pause" if platform.machine() in ("x86_64", "AMD64") else "")
+@intrinsic
+def _let_others_run(typing):  # type: ignore[no-untyped-def]
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        if POSIX:
+            _call(builder, ir.IntType(32), "sched_yield")
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@intrinsic
+def _nanoseconds(typing):  # type: ignore[no-untyped-def]
+    """On a clock that goes on."""
+
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        whole = ir.IntType(64)
+        if not POSIX:
+            return whole(0)
+        time = cgutils.alloca_once(builder, ir.ArrayType(whole, 2))
+        _call(
+            builder, ir.IntType(32), "clock_gettime", ir.IntType(32)(CLOCK), builder.bitcast(time, whole.as_pointer())
+        )
+        seconds, rest = (builder.extract_value(builder.load(time), n) for n in range(2))
+        return builder.add(builder.mul(seconds, whole(1_000_000_000)), rest)
+
+    return types.int64(), build
+
+
+def _call(builder: Any, result: Any, name: str, *arguments: Any) -> None:
+    """Call a function of the system, or of the compiler."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 @numba.njit(inline="always")
 def _wait(looks):  # type: ignore[no-untyped-def]
     """Between two looks at a counter; returns their number."""
-    if looks < TURNS:
+    if looks < LOOKS:
         _pause()
     else:
         _let_others_run()
@@ -117,22 +148,20 @@ def _wait(looks):  # type: ignore[no-untyped-def]
 
 @numba.njit
 def join(counters, me, parts):  # type: ignore[no-untyped-def]
-    """Which parts thread ``me`` goes through, from the first up to the last: its own, all, or, come too late, none."""
+    """Which parts thread ``me`` goes through, from the first up to the last: its own when all have come; all where they
+    did not come in time; none where another goes through all.
+    """
     if len(counters) == 0:
         return 0, parts
-    looks = 0
-    if me:
-        if _come(counters, 0) < 0:
-            return 0, 0
-        while _seen(counters, 0) >= 0:
-            looks = _wait(looks)
-        return (me, me + 1) if _seen(counters, 0) == BEGUN else (0, 0)
+    _come(counters, 0)
+    looks, start = 0, _nanoseconds()
     while True:
         came = _seen(counters, 0)
-        if came == parts - 1:
-            _show(counters, 0, BEGUN)
-            return 0, 1
-        if looks >= PATIENCE and _turn(counters, 0, came, CLOSED):
+        if came == parts:
+            return me, me + 1
+        if came < 0:
+            return 0, 0
+        if looks > LOOKS and _nanoseconds() - start > PATIENCE and _turn(counters, 0, came, CLOSED):
             return 0, parts
         looks = _wait(looks)
 

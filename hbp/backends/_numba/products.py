@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 
 from hbp.backends._numba.compile import Threads, as_numpy, compiled, index, own_threads, reads, writes
-from hbp.backends._numba.meeting import meeting
+from hbp.backends._numba.meeting import POSIX, meeting
 from hbp.backends._numba.tiles import BYTES, PANEL
 from hbp.backends._tuning import fastest
 from hbp.core.backend import Array
 
 Way: TypeAlias = Literal["loop", "shared", "calls"]
-"""In the compiled loop, with the batch divided among the threads; there, with the units divided; by a call of it."""
-
+"""Compiled loops that multiply, each thread for its part of the batch, or of the units; or the library's, by calls."""
 Team: TypeAlias = tuple[np.ndarray, int, np.ndarray, int]
 """The loops' ``weight, own, meeting, me`` (`hbp.backends._numba.loops`)."""
 
@@ -26,7 +24,7 @@ BLOCK = 64
 """Rows of a panel that are filled at once: they and what they come from are in the first cache."""
 
 MOST = 4
-"""The most threads that share units: at every step all wait for the last."""
+"""The most threads that share units: at every step all wait for the last. Two were there when times were measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,25 +36,28 @@ class Product:
     """(parts, P, K, some): of each part of the units all gates' columns, in `panels`; without numbers for "calls"."""
     own: int
     """The units of a part, the last of which may have fewer."""
+    work: int
+    """Multiplications for each entry of the batch."""
     threads: Threads
 
     @classmethod
     def of(
-        cls, task: str, backend: Any, weight: Array, size: int, steps: tuple[int, int], threads: Threads | None
+        cls, task: str, backend: Any, weight: Array, size: int, length: int, batch: int, threads: Threads | None
     ) -> Product:
-        """The fastest way of a task, as "gru forward", at hidden size ``size`` and so many steps and batch entries."""
-        whole, threads, (length, batch) = as_numpy(weight), threads or own_threads(), steps
+        """The fastest way of a task, as "gru forward", at hidden size ``size``, for so many steps of a batch."""
+        whole, threads = as_numpy(weight), threads or own_threads()
         among = ways(threads, size, whole.itemsize)
-        way: Any = fastest(task, backend.name, batch, size, among, length)
+        way = cast(Way, fastest(task, backend.name, batch, size, among, length))
         if way == "calls":
             return cls.called(weight, size, threads)
         own = _own(threads, size, whole.itemsize) if way == "shared" else size
-        return cls(way, panels(whole, size, own), own, threads)
+        return cls(way, panels(whole, size, own), own, whole.size, threads)
 
     @classmethod
     def called(cls, weight: Array, size: int, threads: Threads) -> Product:
         """Calls of the library's product, whatever was measured."""
-        return cls("calls", np.zeros((1, 0, 0, 0), as_numpy(weight).dtype), size, threads)
+        whole = as_numpy(weight)
+        return cls("calls", np.zeros((1, 0, 0, 0), whole.dtype), size, whole.size, threads)
 
     @property
     def alone(self) -> Team:
@@ -69,12 +70,12 @@ class Product:
             counters, members = meeting(len(self.weight)), [(me, me + 1) for me in range(len(self.weight))]
             self.threads.spread(lambda me, _: loop((self.weight, self.own, counters, me), 0, batch), members)
         else:
-            self.threads.run(partial(loop, self.alone), batch, length * batch * self.weight.size)
+            self.threads.run(partial(loop, self.alone), batch, length * batch * self.work)
 
 
 def ways(threads: Threads, size: int, itemsize: int) -> tuple[Way, ...]:
     """Those that there are for some threads and units."""
-    several = os.name == "posix" and _own(threads, size, itemsize) < size
+    several = POSIX and _own(threads, size, itemsize) < size
     return ("loop", "calls", "shared") if several else ("loop", "calls")
 
 

@@ -1,7 +1,7 @@
 """Numbers below the smallest normal one, 1.2e-38 in float32, taken as zero: a core takes up to a hundred times as long
-for others, and cotangents pass through all of them where a gate forgets what the loss sees at the end alone.
+for them, and cotangents pass through all of them where gates forget and the last step alone has a loss.
 
-On x86, per thread, until it is set back; other processors take no longer for them.
+On x86, per thread, until it is set back; other processors are left as they are.
 """
 
 # ruff: noqa: ARG001 - parameters that Numba wants there

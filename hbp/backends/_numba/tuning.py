@@ -1,4 +1,4 @@
-"""What the compiled loops take, with each step's product in them and with a call for each: for ``hbp tune``."""
+"""What the compiled loops take by each way to multiply: for ``hbp tune``."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def loops(backend: Any, convert: Callable[[np.ndarray], Any], threads: Threads) 
     """The times of both cells' loops on a library's arrays, size by size."""
     for cell, (batch, hidden) in product(("gru", "lstm"), SIZES):
         among, count = ways(threads, hidden, np.dtype(np.float32).itemsize), steps_of(batch, hidden)
-        whole, single = (_tasks(cell, batch, hidden, steps, backend, convert, threads) for steps in (count, 1))
+        lengths = count, count // 2
+        whole, part = (_tasks(cell, batch, hidden, steps, backend, convert, threads) for steps in lengths)
         for task in whole:
-            runs, one = (in_ways(task, among, tasks[task]) for tasks in (whole, single))
-            yield Timing(task, backend.name, batch, hidden, *apart(runs, one, count))
+            runs, shorter = (in_ways(task, among, tasks[task]) for tasks in (whole, part))
+            yield Timing(task, backend.name, batch, hidden, *apart(runs, shorter, *lengths))
 
 
 def _tasks(

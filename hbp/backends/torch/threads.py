@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numba
 import torch
 
 from hbp.backends._numba.compile import Threads, own_threads
@@ -20,7 +21,10 @@ _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 def torch_threads() -> Threads:
     """As many threads as `torch.get_num_threads` says: OpenMP's where PyTorch brings its library, else a pool's."""
-    return Threads(torch.get_num_threads(), own_threads().spread if _openmp() is None else _in_region)
+    count = torch.get_num_threads()
+    if _openmp() is None:
+        return Threads(min(count, int(numba.config.NUMBA_NUM_THREADS)), own_threads().spread)
+    return Threads(count, _in_region)
 
 
 @cache

@@ -27,9 +27,9 @@ def steps() -> Iterator[Timing]:
             layer = kind(hidden, hidden)
             ways = list(WAYS) if BACKEND.compiled(layer.mode, (x, *layer.parameters())) else ["library", "adjoint"]
             library = "torch" if "compiled" in ways else "torch, plain"
-            first = x[:1].detach().requires_grad_()
-            runs, single = ({way: _step(kind, way, layer, data) for way in ways} for data in (x, first))
-            yield Timing(f"{layer.mode.lower()} step", library, batch, hidden, *apart(runs, single, len(x)))
+            half = x[: len(x) // 2].detach().requires_grad_()
+            runs, shorter = ({way: _step(kind, way, layer, data) for way in ways} for data in (x, half))
+            yield Timing(f"{layer.mode.lower()} step", library, batch, hidden, *apart(runs, shorter, len(x), len(half)))
 
 
 def _step(kind: Any, way: str, like: Any, x: torch.Tensor) -> Callable[[], Any]:
