@@ -2,9 +2,8 @@
 
     python -m benchmarks.shipped benchmarks/times/64-*.json hbp/backends/tuned-64.json
 
-Ratios are what decides between ways, so a row holds the geometric means: what one machine takes twice as long for and
-another half is a draw. On each of two machines the choices of both together cost at most 1.4 times the fastest, those
-of the other one alone 2.5 times.
+Ratios are what decides between ways, so a row holds the geometric means of a step's seconds: what one machine takes
+twice as long for and another half is a draw. What a call costs beside its steps is the plain mean.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, geometric_mean
 
 from hbp.backends import _tuning
-from hbp.backends._timing import steps_of
+from hbp.backends._timing import WORK
 from hbp.backends._tuning import Timing, Timings
 
 
@@ -29,7 +28,11 @@ def main(arguments: Sequence[str]) -> int:
     if others := [str(path) for path, machine in zip(given, machines, strict=True) if len(machine.sources) > 1]:
         print(f"benchmarks.shipped: {', '.join(others)}: not all rows are of one machine; measure all", file=sys.stderr)
         return 2
-    _tuning.write(made, mean(machines))
+    try:
+        _tuning.write(made, mean(machines))
+    except ValueError as error:
+        print(f"benchmarks.shipped: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -65,8 +68,8 @@ def _means(rows: Sequence[Timing]) -> tuple[Mapping[str, float], Mapping[str, fl
 
 
 def _steps(row: Timing, once: Mapping[str, float]) -> dict[str, float]:
-    """The seconds of each step alone."""
-    count = steps_of(row.rows, row.width)
+    """The seconds of each step alone; files that do not know those of a call are of runs of 16 steps at least."""
+    count = int(max(16, min(512, WORK / (row.rows * row.width**2))))
     return {
         way: time if way in row.once else max(time - once.get(way, 0.0) / count, time / 2)
         for way, time in row.seconds.items()

@@ -1,4 +1,4 @@
-"""Beyond the paper: the gate alone, and in chunks, where `adding` takes strong directions in."""
+"""Beyond the paper: the gate alone, and in chunks, on the tasks of `adding`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beyond the paper: the gate alone, and in chunks, where `ranks` takes strong directions in: digits pixel by pixel."""
+"""Beyond the paper: the gate alone, and in chunks, on digits pixel by pixel, beside the tasks of `ranks`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from experiments.results import EQUAL, Results
 
 
 def _claim(results: Results, task: str) -> Claim:
-    claim = "Where it fails: at k = 3 the gate alone ends worse than exact backprop; chunks end closer to it (ours)."
-    rule = f"The gate does not end {EQUAL}; chunks end better than it."
+    claim = "Where it fails: at k = 3 the gate alone ends worse than exact backprop; chunks end better than it (ours)."
+    rule = f"Chunks end better than the gate alone, of which this is not true: {EQUAL}."
     good, closer = results.as_good(task, GATE), results.worse(task, CHUNK, GATE)
     parts = [f"{method.label}: {results.show(task, method)}" for method in results.methods(task)]
     agrees = None if good is None or closer is None else not good and closer < 0

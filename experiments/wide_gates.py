@@ -1,7 +1,7 @@
-"""Beyond the paper: the gate alone, and in chunks, where `wide` takes strong directions in."""
+"""Beyond the paper: the gate alone, and in chunks, on the task of `wide`."""
 
 from __future__ import annotations
 
 from experiments.gates import without
 
-EXPERIMENT = without("wide_gates", "A wide LSTM on the adding problem without them", "adding-256-wide-lstm")
+EXPERIMENT = without("wide_gates", "Without strong directions: a wide LSTM", "adding-256-wide-lstm")

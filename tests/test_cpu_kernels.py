@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -59,6 +60,18 @@ def _kernels_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         fresh = torch.Tensor.new_empty
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args: fresh(*args).fill_(float("nan")))
     monkeypatch.delenv(_kernels.VARIABLE, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _subnormal_numbers_are_numbers() -> Iterator[None]:
+    """In this thread, whatever another test's training has set."""
+    torch = sys.modules.get("torch")
+    were = np.float32(1e-38) * np.float32(0.1) == 0
+    if torch is not None and were:
+        torch.set_flush_denormal(False)
+    yield
+    if torch is not None:
+        torch.set_flush_denormal(bool(were))
 
 
 @pytest.fixture(params=["one", "pool", "torch"])
@@ -397,27 +410,38 @@ SPREADS = ["pool", "torch", by_turns, backwards, without_the_first, late]
 @both_dtypes
 @pytest.mark.parametrize("spread", SPREADS)
 def test_threads_that_share_the_units_are_one_thread(cell, dtype, spread, monkeypatch, rng):
-    """Bit for bit: whole vectors and less, more threads than vectors, spans of time; whoever comes, and when."""
-    if spread in ("pool", "torch"):
+    """Whole vectors and less, more threads than vectors, spans of time; whoever comes, and when."""
+    real = spread in ("pool", "torch")
+    if real:
         own = pytest.importorskip("hbp.backends.torch.threads") if spread == "torch" else None
         spread = own._in_region if own and own._openmp() else compile._in_pool
+    made: list[np.ndarray] = []
+    monkeypatch.setattr(products, "meeting", lambda parts: made.append(meeting.meeting(parts)) or made[-1])
     monkeypatch.setattr(adjoints, "SPAN", 1)
-    lanes = products.BYTES // np.dtype(dtype).itemsize
-    for length, batch, size, count in ((1, 1, lanes + 4, 2), (9, 3, 129, 2), (17, 2, 4 * lanes + 6, 3), (9, 0, 33, 7)):
+    lanes, end = products.BYTES // np.dtype(dtype).itemsize, time.monotonic() + 60
+    sizes = [(1, 1, lanes + 4, 2), (9, 3, 129, 2), (17, 2, 4 * lanes + 6, 3), (9, 0, 33, 7)]
+    while sizes:
+        length, batch, size, count = sizes[0]
         pullback, cotangents = problem(cell, rng, (length, batch, size), dtype)
         if cell == "gru":
             forward = partial(gru_forward, pullback.params, pullback.x, pullback.h0, True, backend)
         else:
             forward = partial(lstm_forward, pullback.params, pullback.x, pullback.initial, backend)
-        several = Threads(count, spread)
-        assert "shared" in products.ways(several, size, np.dtype(dtype).itemsize)
-        found = []
+        several, found = Threads(count, spread), []
+        assert "shared" in products.ways(several, size, batch, np.dtype(dtype).itemsize)
         for way, threads in (("loop", Threads(1, by_turns)), ("shared", several)):
             with pinned({f"{cell} forward": way, f"{cell} backward": way}):
                 states = forward(threads=threads)
                 found.append([*leaves(states), *leaves(ADJOINTS[cell](pullback, cotangents, threads=threads))])
-        for one, other in zip(*found, strict=True):
-            np.testing.assert_array_equal(other, one)
+        close(found[1], found[0], 1e-6 if dtype == "float32" else 1e-14)
+        teams = [counters for counters in made if len(counters)]
+        together = [counters[0] == len(counters) // meeting.LINE - 1 for counters in teams]
+        assert teams
+        assert real or not any(together)
+        if any(together) or not real:  # else the machine was busy, and one went alone each time
+            sizes.pop(0)
+        made.clear()
+        assert time.monotonic() < end, "they never went together"
 
 
 @numba.njit(nogil=True)
@@ -445,15 +469,15 @@ def test_threads_go_together_where_all_come_and_else_one_goes_alone():
     for parts in (2, 3, 4):
         _join(meeting.meeting(1), 0, parts)  # compiled
         with ThreadPoolExecutor(parts) as pool:
-            for _ in range(20):
+            end = time.monotonic() + 60
+            while True:
                 counters = meeting.meeting(parts)
                 found = list(pool.map(lambda me, on=counters, n=parts: _join(on, me, n), range(parts)))
-                alone = found.count((0, parts)) == 1 and found.count((0, 0)) == parts - 1  # on a busy machine
                 if found == [(me, me + 1) for me in range(parts)]:
                     break
-                assert alone
-            else:
-                pytest.fail("they never went together")
+                assert sorted(found) == [(0, 0)] * (parts - 1) + [(0, parts)]  # on a busy machine
+                assert time.monotonic() < end, "they never went together"
+                time.sleep(0.01)
             counters = meeting.meeting(parts)
             some = list(pool.map(lambda me, on=counters, n=parts: _join(on, me, n), range(1, parts)))
             assert sorted(some) == [(0, 0)] * (parts - 2) + [(0, parts)]
@@ -464,7 +488,7 @@ def test_threads_go_together_where_all_come_and_else_one_goes_alone():
 @pytest.mark.parametrize("members", [2, 3])
 def test_nobody_goes_on_from_a_meeting_before_all_have_come(members):
     _walk(meeting.meeting(2), 0, np.zeros((0, 2), np.int64))
-    counters, traces = meeting.meeting(members), np.zeros((2000, members), np.int64)
+    counters, traces = meeting.meeting(members), np.zeros((300, members), np.int64)
     with ThreadPoolExecutor(members) as pool:
         assert list(pool.map(lambda me: _walk(counters, me, traces), range(members))) == [0] * members
     assert (traces == 1).all()
@@ -513,11 +537,8 @@ def test_a_thread_that_takes_them_as_zero_itself_goes_on_so(rng):
     torch = pytest.importorskip("torch")
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor has no such setting")
-    try:
-        scan.suffix_scan(Diagonal(np.ones((3, 2), np.float32)), np.ones((4, 2), np.float32))
-        assert TINY * np.float32(0.5) == 0
-    finally:
-        torch.set_flush_denormal(False)
+    scan.suffix_scan(Diagonal(np.ones((3, 2), np.float32)), np.ones((4, 2), np.float32))
+    assert TINY * np.float32(0.5) == 0
 
 
 @pytest.mark.parametrize("kind", ["scan", "in place", "directions"])
@@ -602,7 +623,7 @@ def test_each_loop_asks_for_its_own_times_at_its_own_size(cell, monkeypatch, rng
     asked = []
     monkeypatch.setattr(_numba.products, "fastest", lambda *what: asked.append(what) or "loop")
     pullback, cotangents = problem(cell, rng, (4, 2, 5), "float64")
-    ways = products.ways(compile.own_threads(), 5, 8)
+    ways = products.ways(compile.own_threads(), 5, 2, 8)
     assert asked.pop() == (f"{cell} forward", "numpy", 2, 5, ways, 4)
     pullback(cotangents)
     assert asked == [(f"{cell} backward", "numpy", 2, 5, ways, 4)]

@@ -75,10 +75,10 @@ def test_what_a_call_costs_beside_its_steps_counts_the_more_the_fewer_they_are()
 
 
 def test_a_call_and_its_steps_are_told_apart(monkeypatch):
-    """On a clock of our own: 3 + 2 a step, 21 steps and one; and a run that does not grow with its steps."""
+    """On a clock of our own: 3 + 2 a step, 20 steps and 10; and a run that does not grow with its steps."""
     monkeypatch.setattr(_timing, "shortest", lambda runs, steps: {name: run() for name, run in runs.items()})
-    found = _timing.apart({"a": lambda: 45, "b": lambda: 7}, {"a": lambda: 5, "b": lambda: 7}, 21, 1)
-    assert found == ({"a": 2, "b": 7 / 21}, {"a": 3, "b": 0})
+    found = _timing.apart({"a": lambda: 43, "b": lambda: 8}, {"a": lambda: 23, "b": lambda: 8}, 20, 10)
+    assert found == ({"a": 2, "b": 0.05}, {"a": 3, "b": 7})
 
 
 def test_a_way_can_be_pinned_where_there_is_it():
@@ -194,7 +194,7 @@ def test_tune_measures_and_keeps(library, monkeypatch, capsys):
     assert found.source.startswith("hbp tune, ")
 
 
-def test_shipped_times_are_the_geometric_means_of_those_of_several_machines(tmp_path):
+def test_shipped_times_are_the_geometric_means_of_those_of_several_machines(tmp_path, capsys):
     one = Timing("gru step", "torch", 1, 8, {"library": 1.0, "adjoint": 2.0}, {"library": 0.0, "adjoint": 512.0})
     other = replace(one, seconds={"library": 4.0, "adjoint": 1.5, "compiled": 1.0}, once={"library": 3.0})
     alone = replace(one, width=9)
@@ -208,8 +208,8 @@ def test_shipped_times_are_the_geometric_means_of_those_of_several_machines(tmp_
     each = {"library": 2.0, "adjoint": 1.22, "compiled": 1.15}
     assert found.rows == (replace(one, seconds=each, once={"library": 1.5, "adjoint": 512.0}), alone)
     assert make_shipped([str(tmp_path / "made")]) == 2
-    with pytest.raises(ValueError, match="gru step has no way that all machines have"):
-        make_shipped([str(tmp_path / name) for name in ("a", "c", "made")])
+    assert make_shipped([str(tmp_path / name) for name in ("a", "c", "made")]) == 2
+    assert "gru step has no way that all machines have" in capsys.readouterr().err
 
 
 def test_the_shipped_times_are_made_from_those_of_the_machines_beside_the_benchmarks(tmp_path):

@@ -27,9 +27,12 @@ def apart(
     runs: dict[str, Callable[[], Any]], shorter: dict[str, Callable[[], Any]], steps: int, fewer: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The seconds of each step, and of each call beside its steps, from runs of so many steps and of fewer."""
-    whole, part = shortest(runs, 1), shortest(shorter, 1)
-    each = {name: max(whole[name] - part[name], 0.0) / (steps - fewer) or whole[name] / steps for name in runs}
-    return each, {name: max(whole[name] - steps * each[name], 0.0) for name in runs}
+    times = shortest({**runs, **{f"{name}, shorter": run for name, run in shorter.items()}}, 1)
+    each = {}
+    for name in runs:
+        slope = (times[name] - times[f"{name}, shorter"]) / (steps - fewer)
+        each[name] = max(slope, times[name] / steps / 8)  # no less, whatever disturbed a run
+    return each, {name: max(times[name] - steps * each[name], 0.0) for name in runs}
 
 
 def shortest(runs: dict[str, Callable[[], Any]], steps: int) -> dict[str, float]:

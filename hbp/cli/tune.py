@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
         "tune",
         help="measure on this CPU which way is the fastest at which size, and keep that",
         description="Time forward, backward and training steps of recurrent layers and stacks at a few sizes on this "
-        "machine's CPU, in about a minute, and keep the times in the user's cache folder, where the "
+        "machine's CPU, in a minute or two, and keep the times in the user's cache folder, where the "
         "library looks from then on. Let the machine be idle meanwhile.",
     )
     parser.set_defaults(run=run)

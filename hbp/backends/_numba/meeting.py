@@ -1,14 +1,15 @@
 """Threads that go through the steps together: each has its units, and reads what all found at the step before.
 
-So each reads its own columns of the recurrent weights alone, which stay in its core's cache where the whole do not fit.
-They meet at every step by counters that each writes and the others watch. No thread waits for one that may never come:
-until all are there nothing is begun, and where one does not come in time, another goes through all units alone.
+So each reads its own columns of the recurrent weights alone, which stay in its core's cache where all do not fit. They
+meet at every step by counters that each writes and the others watch. No thread waits for one that may never come: until
+all are there nothing is begun, and where one does not come in time, another goes through all units alone.
 """
 
 # ruff: noqa: ARG001 - parameters that Numba wants there
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Any
 
@@ -20,10 +21,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-from hbp.backends._numba.subnormals import X86
+from hbp.backends._numba.subnormals import X86, called
 
-POSIX = os.name == "posix"
-"""Whether the system lets others run, and tells the time, by these names; elsewhere no threads go together."""
+POSIX = os.name == "posix" and sys.maxsize > 1 << 32
+"""Whether the system has ``sched_yield`` and a ``clock_gettime`` of two 64-bit numbers; else no threads go together."""
 CLOCK = getattr(time, "CLOCK_MONOTONIC", 0)
 
 LINE = 16
@@ -69,17 +70,18 @@ def _show(typing, counters, i, value):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _come(typing, counters, i):  # type: ignore[no-untyped-def]
-    """Count one more; returns how many there were."""
+    """Count one more."""
 
     def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         place = _address(context, builder, signature, arguments)
-        return builder.atomic_rmw("add", place, ir.IntType(64)(1), "acq_rel")
+        builder.atomic_rmw("add", place, ir.IntType(64)(1), "acq_rel")
+        return context.get_dummy_value()
 
-    return types.int64(counters, i), build
+    return types.void(counters, i), build
 
 
 @intrinsic
-def _turn(typing, counters, i, old, new):  # type: ignore[no-untyped-def]
+def _exchange(typing, counters, i, old, new):  # type: ignore[no-untyped-def]
     """Set a counter if it still is ``old``; returns whether it was."""
 
     def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -96,7 +98,7 @@ def _pause(typing):  # type: ignore[no-untyped-def]
 
     def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         if X86:
-            _call(builder, ir.VoidType(), "llvm.x86.sse2.pause")
+            called(builder, ir.VoidType(), "llvm.x86.sse2.pause")
         return context.get_dummy_value()
 
     return types.void(), build
@@ -106,7 +108,7 @@ def _pause(typing):  # type: ignore[no-untyped-def]
 def _let_others_run(typing):  # type: ignore[no-untyped-def]
     def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         if POSIX:
-            _call(builder, ir.IntType(32), "sched_yield")
+            called(builder, ir.IntType(32), "sched_yield")
         return context.get_dummy_value()
 
     return types.void(), build
@@ -120,20 +122,13 @@ def _nanoseconds(typing):  # type: ignore[no-untyped-def]
         whole = ir.IntType(64)
         if not POSIX:
             return whole(0)
-        time = cgutils.alloca_once(builder, ir.ArrayType(whole, 2))
-        _call(
-            builder, ir.IntType(32), "clock_gettime", ir.IntType(32)(CLOCK), builder.bitcast(time, whole.as_pointer())
-        )
-        seconds, rest = (builder.extract_value(builder.load(time), n) for n in range(2))
+        found = cgutils.alloca_once(builder, ir.ArrayType(whole, 2))
+        place = builder.bitcast(found, whole.as_pointer())
+        called(builder, ir.IntType(32), "clock_gettime", ir.IntType(32)(CLOCK), place)
+        seconds, rest = (builder.extract_value(builder.load(found), n) for n in range(2))
         return builder.add(builder.mul(seconds, whole(1_000_000_000)), rest)
 
     return types.int64(), build
-
-
-def _call(builder: Any, result: Any, name: str, *arguments: Any) -> None:
-    """Call a function of the system, or of the compiler."""
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 @numba.njit(inline="always")
@@ -161,7 +156,7 @@ def join(counters, me, parts):  # type: ignore[no-untyped-def]
             return me, me + 1
         if came < 0:
             return 0, 0
-        if looks > LOOKS and _nanoseconds() - start > PATIENCE and _turn(counters, 0, came, CLOSED):
+        if looks > LOOKS and _nanoseconds() - start > PATIENCE and _exchange(counters, 0, came, CLOSED):
             return 0, parts
         looks = _wait(looks)
 

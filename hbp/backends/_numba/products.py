@@ -16,7 +16,7 @@ from hbp.backends._tuning import fastest
 from hbp.core.backend import Array
 
 Way: TypeAlias = Literal["loop", "shared", "calls"]
-"""Compiled loops that multiply, each thread for its part of the batch, or of the units; or the library's, by calls."""
+"""Compiled loops multiply, each thread for its part of the batch, or of the units; or the library's product does."""
 Team: TypeAlias = tuple[np.ndarray, int, np.ndarray, int]
 """The loops' ``weight, own, meeting, me`` (`hbp.backends._numba.loops`)."""
 
@@ -37,7 +37,7 @@ class Product:
     own: int
     """The units of a part, the last of which may have fewer."""
     work: int
-    """Multiplications for each entry of the batch."""
+    """Multiplications of a step, for each entry of the batch."""
     threads: Threads
 
     @classmethod
@@ -46,7 +46,7 @@ class Product:
     ) -> Product:
         """The fastest way of a task, as "gru forward", at hidden size ``size``, for so many steps of a batch."""
         whole, threads = as_numpy(weight), threads or own_threads()
-        among = ways(threads, size, whole.itemsize)
+        among = ways(threads, size, batch, whole.itemsize)
         way = cast(Way, fastest(task, backend.name, batch, size, among, length))
         if way == "calls":
             return cls.called(weight, size, threads)
@@ -73,9 +73,11 @@ class Product:
             self.threads.run(partial(loop, self.alone), batch, length * batch * self.work)
 
 
-def ways(threads: Threads, size: int, itemsize: int) -> tuple[Way, ...]:
-    """Those that there are for some threads and units."""
-    several = POSIX and _own(threads, size, itemsize) < size
+def ways(threads: Threads, size: int, batch: int, itemsize: int) -> tuple[Way, ...]:
+    """Those that there are for some threads, units and batch entries: units are not shared where the batch keeps more
+    threads busy than may share them.
+    """
+    several = POSIX and _own(threads, size, itemsize) < size and min(threads.count, batch) <= MOST
     return ("loop", "calls", "shared") if several else ("loop", "calls")
 
 
@@ -101,7 +103,7 @@ def panels(weight: np.ndarray, size: int, own: int) -> np.ndarray:
 
 @compiled(reads(2), writes(4), index, index)
 def _fill(weight: np.ndarray, found: np.ndarray, size: int, own: int) -> None:
-    """Block by block, so that a matrix in either order is read as it lies."""
+    """Block by block: what is read lies in the first cache, whatever the matrix' order."""
     length, most, gates = weight.shape[0], found.shape[3], weight.shape[1] // max(size, 1)
     for part in range(found.shape[0]):
         units = min(own, size - part * own)

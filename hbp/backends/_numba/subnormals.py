@@ -1,7 +1,8 @@
 """Numbers below the smallest normal one, 1.2e-38 in float32, taken as zero: a core takes up to a hundred times as long
 for them, and cotangents pass through all of them where gates forget and the last step alone has a loss.
 
-On x86, per thread, until it is set back; other processors are left as they are.
+On x86, per thread, until it is set back; other processors are left as they are. LLVM does not know of this register:
+what is computed in between are loops over arrays, whose loads and stores it does not move across such calls.
 """
 
 # ruff: noqa: ARG001 - parameters that Numba wants there
@@ -15,19 +16,21 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-X86 = platform.machine() in ("x86_64", "AMD64")
-ZERO = 0x8040
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+FLUSH = 0x8040
 """The bits of the control register by which results, and operands, below the smallest normal number are zero."""
-_WORD = ir.IntType(32)
+WORD = ir.IntType(32)
 
 
-def _call(builder: Any, name: str, word: Any) -> None:
+def called(builder: Any, result: Any, name: str, *arguments: Any) -> None:
+    """Call a function of the system, or of the compiler, by its name."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def _control(builder: Any, name: str, word: Any) -> None:
     """Load the control register from a word, or store it there."""
-    address = ir.IntType(8).as_pointer()
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), [address]), f"llvm.x86.sse.{name}"
-    )
-    builder.call(function, [builder.bitcast(word, address)])
+    called(builder, ir.VoidType(), f"llvm.x86.sse.{name}", builder.bitcast(word, ir.IntType(8).as_pointer()))
 
 
 @intrinsic
@@ -36,12 +39,12 @@ def flushed(typing):  # type: ignore[no-untyped-def]
 
     def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         if not X86:
-            return _WORD(0)
-        word = cgutils.alloca_once(builder, _WORD)
-        _call(builder, "stmxcsr", word)
+            return WORD(0)
+        word = cgutils.alloca_once(builder, WORD)
+        _control(builder, "stmxcsr", word)
         before = builder.load(word)
-        builder.store(builder.or_(before, _WORD(ZERO)), word)
-        _call(builder, "ldmxcsr", word)
+        builder.store(builder.or_(before, WORD(FLUSH)), word)
+        _control(builder, "ldmxcsr", word)
         return before
 
     return types.uint32(), build
@@ -49,13 +52,13 @@ def flushed(typing):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def restored(typing, before):  # type: ignore[no-untyped-def]
-    """From here on they are again what they were."""
+    """Put the control register back as it was."""
 
     def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         if X86:
-            word = cgutils.alloca_once(builder, _WORD)
+            word = cgutils.alloca_once(builder, WORD)
             builder.store(arguments[0], word)
-            _call(builder, "ldmxcsr", word)
+            _control(builder, "ldmxcsr", word)
         return context.get_dummy_value()
 
     return types.void(types.uint32), build

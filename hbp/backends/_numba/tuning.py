@@ -20,7 +20,7 @@ from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 def loops(backend: Any, convert: Callable[[np.ndarray], Any], threads: Threads) -> Iterator[Timing]:
     """The times of both cells' loops on a library's arrays, size by size."""
     for cell, (batch, hidden) in product(("gru", "lstm"), SIZES):
-        among, count = ways(threads, hidden, np.dtype(np.float32).itemsize), steps_of(batch, hidden)
+        among, count = ways(threads, hidden, batch, np.dtype(np.float32).itemsize), steps_of(batch, hidden)
         lengths = count, count // 2
         whole, part = (_tasks(cell, batch, hidden, steps, backend, convert, threads) for steps in lengths)
         for task in whole:

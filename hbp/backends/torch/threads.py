@@ -20,7 +20,9 @@ _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def torch_threads() -> Threads:
-    """As many threads as `torch.get_num_threads` says: OpenMP's where PyTorch brings its library, else a pool's."""
+    """As many threads as `torch.get_num_threads` says: OpenMP's where PyTorch brings its library, else those of a pool,
+    at most NUMBA_NUM_THREADS.
+    """
     count = torch.get_num_threads()
     if _openmp() is None:
         return Threads(min(count, int(numba.config.NUMBA_NUM_THREADS)), own_threads().spread)

@@ -39,7 +39,7 @@ def quarters(row, size, lo, hi):  # type: ignore[no-untyped-def]
 
 @numba.njit(**OPTIONS)
 def add_pulled(d, pulled, left, right, low, fresh, carry, product, t, start, stop):  # type: ignore[no-untyped-def]
-    """Add to ``carry`` what ``d``, step t's, gave the state before through the weights a round ago, or what the
+    """Add to ``carry`` what ``d``, step t's, gave the state before through the weights a round ago, and what the
     directions give it more now.
     """
     if product == ROUND:
