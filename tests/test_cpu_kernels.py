@@ -39,7 +39,7 @@ from hbp.backends import _numba, _tuning
 from hbp.backends._numba import adjoints, compile, functions, lowrank, meeting, products, scan, subnormals
 from hbp.backends._numba.compile import Threads
 from hbp.backends._numba.forwards import gru_forward, lstm_forward
-from hbp.backends._tuning import pinned
+from hbp.backends._tuning import Timing, Timings, pinned
 
 LENGTHS = (1, 2, 3, 17, 127, 128, 129, 1000)
 SHAPES = ((), (5,), (3, 4), (2, 3, 4), (2, 1, 3, 2))
@@ -415,8 +415,10 @@ def test_threads_that_share_the_units_are_one_thread(cell, dtype, spread, monkey
     if real:
         own = pytest.importorskip("hbp.backends.torch.threads") if spread == "torch" else None
         spread = own._in_region if own and own._openmp() else compile._in_pool
+    monkeypatch.setattr(products, "_crowded", products._Crowded())
     made: list[np.ndarray] = []
     monkeypatch.setattr(products, "meeting", lambda parts: made.append(meeting.meeting(parts)) or made[-1])
+    monkeypatch.setattr(products, "LATE", float("inf"))  # busy or not, units are shared
     monkeypatch.setattr(adjoints, "SPAN", 1)
     lanes, end = products.BYTES // np.dtype(dtype).itemsize, time.monotonic() + 60
     sizes = [(1, 1, lanes + 4, 2), (9, 3, 129, 2), (17, 2, 4 * lanes + 6, 3), (9, 0, 33, 7)]
@@ -442,6 +444,27 @@ def test_threads_that_share_the_units_are_one_thread(cell, dtype, spread, monkey
         if any(together) or not real:  # else the machine was busy, and one went alone each time
             sizes.pop(0)
         assert time.monotonic() < end, "they never went together"
+
+
+@pytest.mark.skipif(not meeting.POSIX, reason="no threads go together here")
+def test_units_are_not_shared_for_a_while_where_threads_are_kept_from_running(monkeypatch, caplog):
+    weight, pause = np.zeros((3, 64)), [0.0]
+    monkeypatch.setattr(products, "_crowded", products._Crowded())
+    row = Timing("gru forward", "numpy", 1, 64, {"loop": 2.0, "shared": 1e-3})
+    threads = Threads(2, lambda kernel, ranges: time.sleep(pause[0]))
+
+    def chosen() -> products.Product:
+        return products.Product.of("gru forward", backend, weight, 64, 5, 1, threads)
+
+    with _tuning.given(Timings("", (row,))), caplog.at_level(logging.INFO, "hbp"):
+        chosen().run(lambda *_: None, 5, 1)
+        assert chosen().way == "shared"
+        pause[0] = 0.06  # 5 steps of more than ten times as long
+        chosen().run(lambda *_: None, 5, 1)
+        assert "wait for each other too long" in caplog.text
+        assert chosen().way == "loop"
+        monkeypatch.setattr(products._crowded, "until", time.monotonic())
+        assert chosen().way == "shared"
 
 
 @numba.njit(nogil=True)

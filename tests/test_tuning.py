@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from math import nan
@@ -79,6 +80,17 @@ def test_a_call_and_its_steps_are_told_apart(monkeypatch):
     monkeypatch.setattr(_timing, "shortest", lambda runs, steps: {name: run() for name, run in runs.items()})
     found = _timing.apart({"a": lambda: 43, "b": lambda: 8}, {"a": lambda: 23, "b": lambda: 8}, 20, 10)
     assert found == ({"a": 2, "b": 0.05}, {"a": 3, "b": 7})
+
+
+def test_what_a_step_should_take_grows_with_its_work_and_is_not_known_of_ways_not_measured():
+    with given(table(("gru forward", "numpy", 2, 8, {"loop": 3.0}))):
+        assert [_tuning.expected("gru forward", "numpy", *size, "loop") for size in ((2, 8), (4, 16), (1, 4))] == [
+            3,
+            24,
+            3,
+        ]
+        assert _tuning.expected("gru forward", "numpy", 2, 8, "shared") == math.inf
+        assert _tuning.expected("gru backward", "numpy", 2, 8, "loop") == math.inf
 
 
 def test_a_way_can_be_pinned_where_there_is_it():

@@ -123,6 +123,15 @@ def _explained(task: str, library: str, rows: int, width: int, among: tuple[str,
     return row.best(among, steps), f"microseconds a step at {where}: {times}; {row.source or timings().source}"
 
 
+@lru_cache(4096)
+def expected(task: str, library: str, rows: int, width: int, way: str) -> float:
+    """The seconds of a step by some way, from the nearest size measured, by its work; infinite where none was."""
+    row = timings().nearest(task, library, rows, width)
+    if row is None or way not in row.seconds:
+        return math.inf
+    return row.seconds[way] * max(rows * width**2 / (row.rows * row.width**2), 1)
+
+
 _given: list[Timings] = []
 
 
@@ -181,6 +190,7 @@ def forget() -> None:
     """Read the times anew when they are next needed."""
     timings.cache_clear()
     _explained.cache_clear()
+    expected.cache_clear()
 
 
 def read(path: Path) -> Timings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,16 +11,22 @@ from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 
+from hbp.backends._kernels import LOG
 from hbp.backends._numba.compile import Threads, as_numpy, compiled, index, own_threads, reads, writes
 from hbp.backends._numba.meeting import POSIX, meeting
 from hbp.backends._numba.tiles import BYTES, PANEL
-from hbp.backends._tuning import fastest
+from hbp.backends._tuning import expected, fastest
 from hbp.core.backend import Array
 
 Way: TypeAlias = Literal["loop", "shared", "calls"]
 """Compiled loops multiply, each thread for its part of the batch, or of the units; or the library's product does."""
 Team: TypeAlias = tuple[np.ndarray, int, np.ndarray, int]
 """The loops' ``weight, own, meeting, me`` (`hbp.backends._numba.loops`)."""
+
+LATE = 10
+"""Times of what was measured that a step with shared units takes at most, unless threads are kept from running."""
+CROWDED = 10.0
+"""Seconds in which they are not shared then: the compiled loop, which waits for nobody, finds the same numbers."""
 
 BLOCK = 64
 """Rows of a panel that are filled at once: they and what they come from are in the first cache."""
@@ -39,6 +47,8 @@ class Product:
     work: int
     """Multiplications of a step, for each entry of the batch."""
     threads: Threads
+    late: float = math.inf
+    """Seconds of a step from which on threads that share units have waited for one that others keep from running."""
 
     @classmethod
     def of(
@@ -50,8 +60,12 @@ class Product:
         way = cast(Way, fastest(task, backend.name, batch, size, among, length))
         if way == "calls":
             return cls.called(weight, size, threads)
-        own = _own(threads, size, whole.itemsize) if way == "shared" else size
-        return cls(way, panels(whole, size, own), own, whole.size, threads)
+        if way == "shared" and time.monotonic() < _crowded.until:
+            way = "loop"
+        if way == "loop":
+            return cls(way, panels(whole, size, size), size, whole.size, threads)
+        own, late = _own(threads, size, whole.itemsize), LATE * expected(task, backend.name, batch, size, way)
+        return cls(way, panels(whole, size, own), own, whole.size, threads, late)
 
     @classmethod
     def called(cls, weight: Array, size: int, threads: Threads) -> Product:
@@ -68,9 +82,27 @@ class Product:
         """Call ``loop(team, start, stop)`` in each thread, with its part of the batch or of the units."""
         if self.way == "shared":
             counters, members = meeting(len(self.weight)), [(me, me + 1) for me in range(len(self.weight))]
+            start = time.monotonic()
             self.threads.spread(lambda me, _: loop((self.weight, self.own, counters, me), 0, batch), members)
+            if time.monotonic() - start > length * self.late:
+                _crowded.found()
         else:
             self.threads.run(partial(loop, self.alone), batch, length * batch * self.work)
+
+
+@dataclass
+class _Crowded:
+    """Until when units are not shared, because other processes were found to keep this one's threads from running."""
+
+    until: float = -math.inf
+
+    def found(self) -> None:
+        """From now on for some seconds."""
+        LOG.info("threads that share a step's units wait for each other too long; %g s without", CROWDED)
+        self.until = time.monotonic() + CROWDED
+
+
+_crowded = _Crowded()
 
 
 def ways(threads: Threads, size: int, batch: int, itemsize: int) -> tuple[Way, ...]:
