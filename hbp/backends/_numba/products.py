@@ -97,8 +97,13 @@ class _Crowded:
     until: float = -math.inf
 
     def found(self) -> None:
-        """From now on for some seconds."""
-        LOG.info("threads that share a step's units wait for each other too long; %g s without", CROWDED)
+        """From now on for some seconds; said once."""
+        if math.isinf(self.until):
+            LOG.warning(
+                "threads that share a recurrent layer's units wait too long for each other, as other processes keep "
+                "them from running; each time the batch alone is divided for %g s; give the processes fewer threads",
+                CROWDED,
+            )
         self.until = time.monotonic() + CROWDED
 
 
