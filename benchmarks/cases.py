@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import memory
 from benchmarks.measure import Library, Method, Row, agreement, first_calls, time_all
 
-TABLES = ("scan", "rnn", "stack", "blocks", "memory", "crossover", "rank")
+TABLES = ("scan", "rnn", "stack", "blocks", "memory", "crossover", "rank", "precision")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 """The largest relative error with which a method passes the test before it is timed, by its dtype."""
 Limits = dict[str, dict[str, float]]
@@ -55,10 +55,10 @@ def timed(
         return [row for row, _ in pairs]
     on_gpu = next((lib for lib in libraries if lib.on_gpu and lib.name != "jax"), None)  # JAX's float64 is a setting
     exact = module.reference(case, lib=on_gpu)
-    for row, found in first_calls(alive):
+    for row, method, found in first_calls(alive):
         agreed = agreement(found, exact)
         row.error, row.cosine = agreed.error, agreed.cosine
-        if row.exact and not row.error <= 10 * _tolerance(case):
+        if row.exact and not row.error <= 10 * _tolerance(case, method):
             row.failed = f"relative error {row.error:.1e} at full size"
         advance()
     alive = [(row, method) for row, method in alive if row.failed is None]
@@ -68,13 +68,13 @@ def timed(
         limit = {name: max(limits[other][name] for other in same) for name in limits[row.library]}
         if table == "scan":
             row.copy_fraction = _share(module.moved_bytes(case), row.whole_ms, limit["copy_bytes_per_s"])
-        else:
+        elif method.products is None:  # the limit is that of the arrays' dtype
             row.product_fraction = _share(module.product_flops(case, method), row.backward_ms, limit["flops_per_s"])
     return [row for row, _ in pairs]
 
 
-def _tolerance(case: dict[str, Any]) -> float:
-    return TOLERANCE[case.get("dtype", "float32")]
+def _tolerance(case: dict[str, Any], method: Method) -> float:
+    return TOLERANCE[method.products or case.get("dtype", "float32")]
 
 
 def _test_all(table: str, case: dict[str, Any], pairs: list[tuple[Row, Method]], methods: Any) -> None:
@@ -88,7 +88,8 @@ def _test_all(table: str, case: dict[str, Any], pairs: list[tuple[Row, Method]],
             new[row.library] = {_key(one): one for one in methods(small, method.library)}
         if not method.yardstick:
             check = new[row.library][_key(method)]
-            _TESTS[key] = _TESTS.get(key) or _error_or_reason(check, module.reference(small, check), _tolerance(case))
+            allowed = _tolerance(case, method)
+            _TESTS[key] = _TESTS.get(key) or _error_or_reason(check, module.reference(small, check), allowed)
             row.check, row.failed = _TESTS[key]
 
 

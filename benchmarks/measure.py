@@ -95,6 +95,8 @@ class Method:
     """What a check does to the result first; not timed."""
     yardstick: bool = False
     """It computes something else, to compare times with."""
+    products: str | None = None
+    """The dtype of what its products multiply, where that is another than the arrays'."""
 
     def run(self, calls: int = 1) -> tuple[float, float, Any]:
         """Seconds of the forward and of the backward pass, and the result; the mean of some calls without a backward.
@@ -171,8 +173,8 @@ def kept(problem: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]],
     return lambda case: drawn(json.dumps(case))
 
 
-def first_calls(pairs: list[tuple[Row, Method]]) -> Iterator[tuple[Row, Any]]:
-    """Run each method once, with what it compiles for this size; yields each row with the result."""
+def first_calls(pairs: list[tuple[Row, Method]]) -> Iterator[tuple[Row, Method, Any]]:
+    """Run each method once, with what it compiles for this size; yields each with its result."""
     for row, method in pairs:
         try:
             forward, backward, found = method.run()
@@ -182,7 +184,7 @@ def first_calls(pairs: list[tuple[Row, Method]]) -> Iterator[tuple[Row, Any]]:
             row.failed = f"{type(error).__name__}: {error}"
             continue
         if found is not None:
-            yield row, found
+            yield row, method, found
         del found
 
 

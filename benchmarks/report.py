@@ -17,6 +17,7 @@ PICTURES: dict[str, list[tuple[str, Callable[[tables.Rows], Any]]]] = {
     "rnn": [("-error", plots.error_against_time), ("-speed", plots.speed)],
     "crossover": [("", plots.crossover), ("-speed", plots.speed)],
     "rank": [("-error", plots.error_against_time)],
+    "precision": [("-error", plots.error_against_time)],
     "stack": [("-error", plots.error_against_time)],
     "blocks": [("-error", plots.error_against_time)],
     "memory": [("", plots.memory)],

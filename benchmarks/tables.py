@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any
 
@@ -79,8 +80,22 @@ _SHORT: dict[str, tuple[str, dict[str, tuple[str, str, int | None, int | None]]]
             "k = 1": ("torch", "Highway-BP", 1, 1),
         },
     ),
+    "precision": (
+        "backward",
+        {
+            "torch.nn": ("torch", "torch.nn", None, None),
+            "torch.nn, medium": ("torch", "torch.nn*, medium", None, None),
+            "`iterations=None`": ("torch", "iterations=None", None, None),
+            "`iterations=None`, medium": ("torch", "iterations=None, medium", None, None),
+            "k = 3": ("torch", "Highway-BP", 3, 1),
+            "k = 3, medium": ("torch", "Highway-BP, medium", 3, 1),
+            "k = 1, medium": ("torch", "Highway-BP, medium", 1, 1),
+        },
+    ),
 }
-"""For each table with a short form the time it shows, and its columns: library, method, k and chunk."""
+"""For each table with a short form the time it shows, and its columns: library, start of the method, k and chunk."""
+SMALL = 1e-4
+"""The error from which on it stands beside what is exact, too: its products are in a lower precision."""
 
 
 def in_short(table: str, rows: Rows) -> str:
@@ -99,7 +114,7 @@ def in_short(table: str, rows: Rows) -> str:
 def _pick(rows: Rows, library: str, method: str, k: int | None, chunk: int | None) -> dict[str, Any] | None:
     for row in rows:
         same = row["k"] == k and (chunk is None or row["chunk"] == chunk)
-        if row["library"] == library and row["method"].startswith(method) and same:
+        if row["library"] == library and fnmatchcase(row["method"], f"{method}*") and same:
             return row
     return None
 
@@ -109,7 +124,7 @@ def _short(row: dict[str, Any] | None, name: str, base: float | None) -> str:
         return ""
     time = row[name][0]
     notes = [] if base in (None, time) else [f"{base / time:.2g}x"]
-    notes += [] if row["exact"] else [f"{row['error']:.1g} off"]
+    notes += [] if row["exact"] and row["error"] < SMALL else [f"{row['error']:.1g} off"]
     return f"{time:.3g} ({', '.join(notes)})" if notes else f"{time:.3g}"
 
 

@@ -55,7 +55,7 @@ def timed(methods: Sequence[Method], exact: Any, rounds: int, advance: Callable[
         done += 1
         advance(done, total)
 
-    for row, found in first_calls(pairs):
+    for row, _, found in first_calls(pairs):
         agreed = agreement(found, exact)
         row.error, row.cosine = agreed.error, agreed.cosine
         if row.exact and not agreed.error < TOLERANCE:

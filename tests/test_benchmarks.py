@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("rich", reason="the benchmarks show their progress with rich")
 
 from benchmarks import __main__ as command
-from benchmarks import blocks, cases, crossover, measure, memory, plots, rank, report, rnn, scan, stack
+from benchmarks import blocks, cases, crossover, measure, memory, plots, precision, rank, report, rnn, scan, stack
 
 alone = pytest.mark.usefixtures("once")
 GRU = {"cell": "gru", "T": 20, "B": 2, "H": 4, "weights": 1.0}
@@ -29,6 +29,7 @@ def _tiny(monkeypatch):
     monkeypatch.setitem(blocks.CASES, "quick", [{"L": 4, "d": 6, "heads": 2, "T": 5}])
     monkeypatch.setitem(crossover.CASES, "quick", [GRU, {**GRU, "B": 3}, {**GRU, "T": 9}, LSTM])
     monkeypatch.setitem(rank.CASES, "quick", [{**GRU, "H": 20, "strong": 3}, {**LSTM, "H": 20, "strong": 3}])
+    monkeypatch.setitem(precision.CASES, "quick", [{**GRU, **precision.CHECK, "inputs": True}])
     monkeypatch.setitem(memory.CASES, "quick", [GRU])
 
 
@@ -60,6 +61,27 @@ def test_every_row_is_checked_and_timed(library, tmp_path, monkeypatch, request)
             assert 0 < low <= median <= high
         text = (tmp_path / f"{table}.md").read_text()
         assert text.count("| --- | --- |") == len({json.dumps(row["case"]) for row in rows})
+
+
+@pytest.mark.parametrize("library", ["torch"], indirect=True)
+def test_each_method_stands_beside_itself_with_products_in_a_lower_precision(library, tmp_path):
+    import torch
+
+    a = torch.randn(256, 256)
+    lowered = not torch.equal(a @ a, precision._lower(torch.matmul)(a, a))  # where the processor has instructions
+    assert torch.get_float32_matmul_precision() == "highest"
+    status, documents = run(library, tmp_path, "precision")
+    rows = documents["precision"]["rows"]
+    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    assert status == 0
+    assert [one["method"] + precision.LOWER for one, _ in pairs] == [other["method"] for _, other in pairs]
+    assert [one["k"] for one, _ in pairs] == [None, None, 1, 3]
+    for one, other in pairs:
+        assert one["check"] < 1e-4
+        assert (other["check"] > 1e-4) == lowered
+        assert other["check"] < 3e-2
+    (line,) = [line for line in (tmp_path / "precision.md").read_text().splitlines() if line.startswith("| GRU T")]
+    assert line.count("off") == (5 if lowered else 3)
 
 
 @alone

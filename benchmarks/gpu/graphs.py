@@ -42,7 +42,7 @@ def _rows(there: There, case: dict[str, Any]) -> list[dict[str, Any]]:
                 row.method = name
                 pairs.append((row, under(value, one)))
     alive = []
-    for row, found in first_calls(pairs):
+    for row, _, found in first_calls(pairs):
         row.error, row.cosine = (agreed := agreement(found, exact)).error, agreed.cosine
         alive.append((row, next(method for own, method in pairs if own is row)))
     time_all(alive, ROUNDS[there.rehearse], lambda: None)
