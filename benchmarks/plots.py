@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from itertools import product
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.crossover import kind
+from benchmarks.precision import LOWER
 from benchmarks.tables import Rows, cases_of, method_of, title
 
 EXACT = 1e-7
@@ -66,7 +68,8 @@ def error_against_time(rows: Rows) -> Any:
     for axis, (case, members) in zip(axes, cases, strict=False):
         for row in (row for row in members if row["exact"]):
             style = {"marker": "*" if row["ours"] else "s", "color": f"C{libraries.index(row['library'])}"}
-            name = f"{row['library']}: {row['method'].split(' (')[0]}"
+            style |= {"markerfacecolor": "none"} if row["method"].endswith(LOWER) else {}
+            name = f"{row['library']}: {re.sub(r' [(].*[)]', '', row['method'])}"
             axis.plot(row["backward_ms"][0], max(row["error"], EXACT), linestyle="", label=name, **style)
         for lib, (method, chunk, line) in product(libraries, _LINES):
             part = [r for r in members if (r["library"], r["method"], r["chunk"]) == (lib, method, chunk)]
@@ -85,6 +88,7 @@ _LINES = (
     ("Highway-BP (kernels)", 1, "-."),
     ("Highway-BP", 8, "--"),
     ("fixed point", 1, ":"),
+    (f"Highway-BP{LOWER}", 1, "--"),
     ("Highway-BP, rank 16", 1, "--"),
     ("Highway-BP, rank 16 (kernels)", 1, "-."),
 )
