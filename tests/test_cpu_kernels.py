@@ -37,6 +37,7 @@ import numba
 
 from hbp.backends import _numba, _tuning
 from hbp.backends._numba import adjoints, compile, functions, lowrank, meeting, products, scan, subnormals
+from hbp.backends._numba import way as way_back
 from hbp.backends._numba.compile import Threads
 from hbp.backends._numba.forwards import gru_forward, lstm_forward
 from hbp.backends._tuning import Timing, Timings, pinned
@@ -355,7 +356,7 @@ def test_forwards_are_the_plain_cells(cell, dtype, way, used, monkeypatch, rng):
 @pytest.mark.parametrize("step", ["loop", "calls", "spans"])
 def test_adjoints_are_the_plain_pullback(cell, step, dtype, threads, monkeypatch, rng):
     if step == "spans":
-        monkeypatch.setattr(adjoints, "SPAN", 1)  # of 8 steps, the first shorter
+        monkeypatch.setattr(way_back, "SPAN", 1)  # of 8 steps, the first shorter
     way = "calls" if step == "calls" else "loop"
     options = cycle(product(product((True, False), repeat=2), (True, False), (True, False)))
     for size, (biases, dc, c) in zip(product((1, 2, 30), (1, 2, 4, 7, 9), (1, 5, 8)), options, strict=False):
@@ -419,7 +420,7 @@ def test_threads_that_share_the_units_are_one_thread(cell, dtype, spread, monkey
     made: list[np.ndarray] = []
     monkeypatch.setattr(products, "meeting", lambda parts: made.append(meeting.meeting(parts)) or made[-1])
     monkeypatch.setattr(products, "LATE", float("inf"))  # busy or not, units are shared
-    monkeypatch.setattr(adjoints, "SPAN", 1)
+    monkeypatch.setattr(way_back, "SPAN", 1)
     lanes, end = products.BYTES // np.dtype(dtype).itemsize, time.monotonic() + 60
     sizes = [(1, 1, lanes + 4, 2), (9, 3, 129, 2), (17, 2, 4 * lanes + 6, 3), (9, 0, 33, 7)]
     while sizes:
@@ -539,7 +540,7 @@ def subnormal(x: Any) -> np.ndarray:
 
 
 @both_cells
-@pytest.mark.parametrize("solver", [Solver(), Solver(200)], ids=["exact", "rounds"])
+@pytest.mark.parametrize("solver", [Solver(), Solver(200), Solver(200, 8)], ids=["exact", "rounds", "stages"])
 def test_cotangents_too_small_for_normal_numbers_are_zero(cell, solver, threads, rng):
     """Of the last state alone: they leave float32's normal numbers long before the first one."""
     pullback, cotangents = problem(cell, rng, ({"gru": 172, "lstm": 150}[cell], 2, 8), "float32")
@@ -553,7 +554,7 @@ def test_cotangents_too_small_for_normal_numbers_are_zero(cell, solver, threads,
     for first, other in zip(found[5:], expected[5:], strict=True):  # of the initial states
         assert subnormal(other).any()
         np.testing.assert_allclose(first, other, rtol=0, atol=100 * TINY)
-        assert not (subnormals.X86 and subnormal(first).any())
+        assert solver.chunk > 1 or not (subnormals.X86 and subnormal(first).any())  # between stages NumPy adds
     assert TINY * np.float32(0.5) != 0  # outside the kernels all is as before
 
 
@@ -605,32 +606,61 @@ def test_rounds_with_directions_are_the_plain_pullback(cell, dtype, threads, rng
 
 
 @both_cells
+@both_dtypes
+@pytest.mark.parametrize("way", ["loop", "calls", "spans"])
+def test_rounds_on_stages_are_the_plain_pullback(cell, dtype, way, threads, monkeypatch, rng):
+    """Stages of all lengths, the last of fewer steps or not, as long as the sequence and longer."""
+    if way == "spans":
+        monkeypatch.setattr(way_back, "SPAN", 1)
+    options = cycle(product(product((True, False), repeat=2), (True, False), (True, False), (True, False)))
+    sizes = product(((1, 2), (6, 3), (7, 3), (7, 6), (20, 9), (5, 5), (5, 50)), (1, 3), (1, 8))
+    for ((length, chunk), *size), (biases, dc, kept, c) in zip(sizes, options, strict=False):
+        pullback, cotangents = problem(cell, rng, (length, *size), dtype, biases, dc)
+        given = replace(pullback, gates=gates_of(pullback) if kept else None)
+        if cell == "lstm" and not c:
+            given = replace(given, states=(given.states[0], None))
+        for k in (0, 1, 2, 50):
+            reports: list[Any] = []
+            expected = plain(pullback, cotangents, k, chunk=chunk, watch=reports.append)
+            for watch in (None, reports.append):
+                with pinned({"gru backward": "calls", "lstm backward": "calls"} if way == "calls" else {}):
+                    solver = Solver(k, chunk, watch=watch)
+                    found = ADJOINTS[cell](given, cotangents, threads=threads, solver=solver)
+                close(leaves(found), expected, 10 * TOLERANCE[dtype])
+            core, ours = reports
+            assert (ours.exact, len(ours.increments)) == (core.exact, len(core.increments))
+            for a, b in ((ours.increments, core.increments), (ours.sizes, core.sizes)):
+                np.testing.assert_allclose(a, b, rtol=0, atol=10 * TOLERANCE[dtype] * max(core.sizes))
+        assert ADJOINTS[cell](given, cotangents, False, threads, Solver(1, chunk))[1] is None
+
+
+@both_cells
 @pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200])
 def test_a_tolerance_stops_the_compiled_rounds_where_it_stops_the_core(cell, scale, used, rng):
     pullback, cotangents = problem(cell, rng, (12, 3, 6), "float64")
     cotangents = mapped(lambda d: d * scale, cotangents)
-    for rank, tolerance in product((0, 3), (0.3, 1e-3)):
+    for how, tolerance in product(({}, {"rank": 3}, {"chunk": 3}, {"chunk": 5}), (0.3, 1e-3)):
         reports: list[Any] = []
-        options = {"rank": rank, "tolerance": tolerance, "watch": reports.append}
+        options = {**how, "tolerance": tolerance, "watch": reports.append}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", hbp.DivergenceWarning)
             close(leaves(pullback(cotangents, **options)), plain(pullback, cotangents, **options), 1e-11)
         assert len(reports[0].increments) == len(reports[1].increments)
         assert reports[0].shares[-1] <= tolerance or reports[0].exact
-    assert used.count(f"{cell}_adjoint") == 4
+    assert used.count(f"{cell}_adjoint") == 8
 
 
 @both_cells
 def test_a_tolerance_of_compiled_rounds_ends_at_once_without_finite_numbers_or_any(cell, used, rng):
-    for bad, batch in ((np.nan, 2), (np.inf, 2), (0.0, 0)):
+    for (bad, batch), chunk in product(((np.nan, 2), (np.inf, 2), (0.0, 0)), (1, 4)):
         pullback, cotangents = problem(cell, rng, (9, batch, 6), "float64")
         mapped(lambda d, bad=bad: d.fill(bad), cotangents)
         reports = []
         with np.errstate(all="ignore"):
-            found = leaves(pullback(cotangents, tolerance=0.1, watch=reports.append))
+            found = leaves(pullback(cotangents, tolerance=0.1, chunk=chunk, watch=reports.append))
         assert (len(reports[0].increments), reports[0].finite) == (1, batch == 0)
         assert all(np.isfinite(g).all() for g in found) == (batch == 0)
-    assert used.count(f"{cell}_adjoint") == 3
+    assert used.count(f"{cell}_adjoint") == 6
 
 
 def test_increments_that_grow_are_a_warning_of_compiled_rounds_too():
@@ -659,10 +689,11 @@ def test_adjoints_take_any_layout(cell, layout, convert, rng):
     pullback, d = problem(cell, rng, (11, 5, 4), "float64")
     own = [value for name, value in vars(pullback).items() if name not in ("backend", "gates")]
     given = [mapped(LAYOUTS[layout], part) for part in (*own, d)]
-    expected, before = plain(type(pullback)(*given[:-1], backend), given[-1]), leaves(mapped(np.copy, tuple(given)))
-    ours = [mapped(convert, part) for part in given]
-    found = type(pullback)(*ours[:-1], resolve(None, ours[1]))(ours[-1])
-    close([*leaves(found), *leaves(tuple(given))], [*expected, *before], 1e-12)
+    before, ours = leaves(mapped(np.copy, tuple(given))), [mapped(convert, part) for part in given]
+    for options in ({}, {"iterations": 1, "chunk": 4}):
+        expected = plain(type(pullback)(*given[:-1], backend), given[-1], **options)
+        found = type(pullback)(*ours[:-1], resolve(None, ours[1]))(ours[-1], **options)
+        close([*leaves(found), *leaves(tuple(given))], [*expected, *before], 1e-12)
 
 
 @pytest.mark.parametrize("shape", ["plain", "packed", "batch_first", "autocast"])

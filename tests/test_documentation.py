@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import doctest
 import io
+import os
 import re
 import sys
 from contextlib import nullcontext, redirect_stdout
@@ -100,7 +101,7 @@ def test_blocks_run(story, tmp_path, monkeypatch, request):
         pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__page__"}
-    with as_at_home(), patch.dict(LIBRARIES):  # a page adds one
+    with as_at_home(), patch.dict(LIBRARIES), patch.dict(os.environ):  # a page adds one, a page sets one
         for block in story:
             block.run(names)
 

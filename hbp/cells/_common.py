@@ -88,14 +88,12 @@ def own_code(
 ) -> tuple[Whole | None, Rounds | None]:
     """Which code of the backend's own computes a cell's backward pass; where it has none, the core does.
 
-    The whole pass, exact or on single steps: "adjoint", which knows directions, tolerance and reports, else "in_place",
-    which does not. Else the rounds alone, on single steps: "rounds", or with directions "low_rank_rounds". This is the
-    only place that decides.
+    The whole pass: "adjoint", which knows tolerance, reports, and chunks or, on single steps, directions; else
+    "in_place", exact or on single steps, which knows none of these. Else the rounds alone, on single steps: "rounds",
+    or with directions "low_rank_rounds". This is the only place that decides.
     """
-    if isinstance(split, LinearOperator):
-        return None, None
     given, whole, rounds = [array for array in arrays if array is not None], None, None
-    if solver.exact or solver.chunk == 1:
+    if split is None or solver.exact or solver.chunk == 1:
         whole = backend.kernel(f"{cell}_adjoint", *given)
         whole = whole and partial(whole, solver=solver, directions=split)
     if whole is None and split is None and (solver.exact or solver == Solver(solver.iterations)):
