@@ -52,7 +52,7 @@ _SHORT: dict[str, tuple[str, dict[str, tuple[str, str, int | None, int | None]]]
     "rnn": (
         "backward",
         {
-            "torch.nn": ("torch", "torch.nn", None, None),
+            "torch.nn": ("torch", "torch.nn*)", None, None),
             "`iterations=None`": ("torch", "iterations=None", None, None),
             "k = 3": ("torch", "Highway-BP", 3, 1),
             "k = 3, chunk 8": ("torch", "Highway-BP", 3, 8),
@@ -63,7 +63,7 @@ _SHORT: dict[str, tuple[str, dict[str, tuple[str, str, int | None, int | None]]]
     "rank": (
         "backward",
         {
-            "torch.nn": ("torch", "torch.nn", None, None),
+            "torch.nn": ("torch", "torch.nn*)", None, None),
             "`iterations=None`": ("torch", "iterations=None", None, None),
             "k = 1": ("torch", "Highway-BP", 1, 1),
             "k = 1, rank 16": ("torch", "Highway-BP, rank 16", 1, 1),
@@ -73,7 +73,7 @@ _SHORT: dict[str, tuple[str, dict[str, tuple[str, str, int | None, int | None]]]
     "crossover": (
         "whole",
         {
-            "torch.nn": ("torch", "torch.nn", None, None),
+            "torch.nn": ("torch", "torch.nn*)", None, None),
             "jitted `lax.scan`": ("jax", "jax.lax.scan", None, None),
             "`iterations=None`": ("torch", "iterations=None", None, None),
             "k = 3": ("torch", "Highway-BP", 3, 1),
@@ -83,7 +83,7 @@ _SHORT: dict[str, tuple[str, dict[str, tuple[str, str, int | None, int | None]]]
     "precision": (
         "backward",
         {
-            "torch.nn": ("torch", "torch.nn", None, None),
+            "torch.nn": ("torch", "torch.nn*)", None, None),
             "torch.nn, medium": ("torch", "torch.nn*, medium", None, None),
             "`iterations=None`": ("torch", "iterations=None", None, None),
             "`iterations=None`, medium": ("torch", "iterations=None, medium", None, None),
@@ -93,7 +93,7 @@ _SHORT: dict[str, tuple[str, dict[str, tuple[str, str, int | None, int | None]]]
         },
     ),
 }
-"""For each table with a short form the time it shows, and its columns: library, start of the method, k and chunk."""
+"""For each table with a short form the time it shows, and its columns: library, the method's pattern, k and chunk."""
 SMALL = 1e-4
 """The error from which on it stands beside what is exact, too: its products are in a lower precision."""
 
@@ -114,7 +114,7 @@ def in_short(table: str, rows: Rows) -> str:
 def _pick(rows: Rows, library: str, method: str, k: int | None, chunk: int | None) -> dict[str, Any] | None:
     for row in rows:
         same = row["k"] == k and (chunk is None or row["chunk"] == chunk)
-        if row["library"] == library and fnmatchcase(row["method"], f"{method}*") and same:
+        if row["library"] == library and fnmatchcase(row["method"], method) and same:
             return row
     return None
 

@@ -42,9 +42,9 @@ def _rows(there: There, case: dict[str, Any]) -> list[dict[str, Any]]:
                 row.method = name
                 pairs.append((row, under(value, one)))
     alive = []
-    for row, _, found in first_calls(pairs):
+    for row, method, found in first_calls(pairs):
         row.error, row.cosine = (agreed := agreement(found, exact)).error, agreed.cosine
-        alive.append((row, next(method for own, method in pairs if own is row)))
+        alive.append((row, method))
     time_all(alive, ROUNDS[there.rehearse], lambda: None)
     return [asdict(row) for row, _ in pairs]
 

@@ -92,6 +92,8 @@ def own_code(
     "in_place", exact or on single steps, which knows none of these. Else the rounds alone, on single steps: "rounds",
     or with directions "low_rank_rounds". This is the only place that decides.
     """
+    if isinstance(split, LinearOperator):
+        return None, None
     given, whole, rounds = [array for array in arrays if array is not None], None, None
     if split is None or solver.exact or solver.chunk == 1:
         whole = backend.kernel(f"{cell}_adjoint", *given)

@@ -201,7 +201,7 @@ class GRUPullback:
             ``dparams`` (a `GRUParameters`), ``dx`` (T, B, I), ``dh0`` (B, H).
         """
         check_cotangent("dh", dh, self.h, self.backend)
-        solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch)
+        solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch).fixed()
         split = own_split(solver, residual, rank, self.params.weight_hh, self.backend)
         return self.pull(dh, solver, split, with_inputs)
 

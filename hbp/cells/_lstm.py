@@ -240,7 +240,7 @@ class LSTMPullback:
         check_cotangent("dh", dh, self.states[0], self.backend)
         if dc is not None:
             check_cotangent("dc", dc, self.states[0], self.backend)
-        solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch)
+        solver = Solver.of(solver, iterations=iterations, chunk=chunk, tolerance=tolerance, watch=watch).fixed()
         split = own_split(solver, residual, rank, self.params.weight_hh, self.backend)
         return self.pull((dh, dc), solver, split, with_inputs)
 

@@ -84,10 +84,13 @@ class Solver:
         """The number of rounds at most on a chain of this length, beyond which nothing is left."""
         return length if self.iterations is None else min(self.iterations, length)  # type: ignore[type-var,return-value]
 
-    def settled(self, sizes: tuple[float, float]) -> bool:
-        """Whether a last increment and a solution of these norms meet the tolerance, or are not finite."""
+    def settled(self, sizes: tuple[float, float], rounding: float = 0.0) -> bool:
+        """Whether a last increment and a solution of these norms meet the tolerance, or are not finite.
+
+        An increment that is a difference of two solutions does so within their ``rounding``, as a fraction of them.
+        """
         # No comparison with NaN is true, and infinity is not more than a part of infinity.
-        return self.tolerance is not None and (sizes[0] > self.tolerance * sizes[1]) == 0
+        return self.tolerance is not None and (sizes[0] > max(self.tolerance, rounding) * sizes[1]) == 0
 
     def tell(self, sizes: Sequence[tuple[float, float]], length: int, rounding: float = 0.0) -> None:
         """Report on all rounds on a chain of this length, from their norms.

@@ -18,8 +18,8 @@ from hbp.backends._numba import loops
 from hbp.backends._numba.arrays import dense, empty, gru_bias, lstm_bias, rows_of, zeros
 from hbp.backends._numba.compile import Threads, as_numpy, own_threads
 from hbp.backends._numba.passes import Loop
-from hbp.backends._numba.stages import Path, Stages, solve
-from hbp.backends._numba.way import EXACT, Columns, How, WayBack
+from hbp.backends._numba.stages import Layout, Residual, Rounds
+from hbp.backends._numba.way_back import EXACT, Columns, How, WayBack
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 from hbp.cells._common import matmul, previous
 from hbp.core.backend import Array
@@ -68,12 +68,11 @@ def _gru_way(pullback: GRUPullback, how: How, entering: Sequence[Array], carries
     return WayBack("gru backward", pullback, (pullback.h0, h), steps, entering, carries, columns, how)
 
 
-def _gru_apart(pullback: GRUPullback, stages: Stages) -> tuple[GRUPullback, Path]:
+def _gru_apart(pullback: GRUPullback, layout: Layout) -> tuple[GRUPullback, Residual]:
     """The stages as a batch of short sequences, and the residual path through each."""
-    h0, h, gates, apart = pullback.h0, pullback.h, cast(tuple[Array, Array], pullback.gates), stages.apart
-    size, (values, q) = h.shape[-1], gates
-    inner = replace(pullback, x=apart(pullback.x), h0=stages.before(h0, h), h=apart(h), gates=(apart(values), apart(q)))
-    return inner, Path.of(stages, values[..., size : 2 * size])
+    h0, h, (values, q), apart = pullback.h0, pullback.h, cast(Any, pullback.gates), layout.apart
+    inner = replace(pullback, x=apart(pullback.x), h0=layout.before(h0, h), h=apart(h), gates=(apart(values), apart(q)))
+    return inner, Residual.of(layout, values[..., h.shape[-1] : 2 * h.shape[-1]])
 
 
 def _with_gates(pullback: GRUPullback, threads: Threads) -> GRUPullback:
@@ -119,12 +118,7 @@ def lstm_adjoint(
 
 def _lstm_way(pullback: LSTMPullback, how: How, entering: Sequence[Array], carries: Sequence[Array]) -> WayBack:
     """With cotangents ``d`` of i, f, g, o."""
-    (h0, c0), (h, c), gates, (dh, dc) = (
-        pullback.initial,
-        cast(Any, pullback.states),
-        cast(Any, pullback.gates),
-        entering,
-    )
+    (h0, c0, h, c, gates), (dh, dc) = _numbers(pullback), entering
     run, every = loops.lstm_steps(as_numpy(h).dtype), slice(0, 4 * h.shape[-1])
 
     def steps(a: int, b: int, d: Array, pulled: Array) -> Loop:
@@ -135,19 +129,19 @@ def _lstm_way(pullback: LSTMPullback, how: How, entering: Sequence[Array], carri
     return WayBack("lstm backward", pullback, (h0, h), steps, entering, carries, columns, how)
 
 
-def _lstm_apart(pullback: LSTMPullback, stages: Stages) -> tuple[LSTMPullback, Path]:
+def _lstm_apart(pullback: LSTMPullback, layout: Layout) -> tuple[LSTMPullback, Residual]:
     """As `_gru_apart`."""
-    (h0, c0), (h, c), gates, apart = (
-        pullback.initial,
-        cast(Any, pullback.states),
-        cast(Any, pullback.gates),
-        stages.apart,
-    )
-    size, initial = h.shape[-1], (stages.before(h0, h), stages.before(c0, c))
+    (h0, c0, h, c, gates), apart, size = _numbers(pullback), layout.apart, pullback.params.weight_hh.shape[-1]
+    initial = layout.before(h0, h), layout.before(c0, c)
     inner = replace(pullback, x=apart(pullback.x), initial=initial, states=(apart(h), apart(c)), gates=apart(gates))
-    exposed = np.tanh(as_numpy(c)[stages.last])
-    exposed = as_numpy(gates)[stages.last, :, 3 * size :] * (1 - exposed * exposed)
-    return inner, Path.of(stages, gates[..., size : 2 * size], exposed)
+    exposed = np.tanh(as_numpy(c)[layout.last])
+    exposed = as_numpy(gates)[layout.last, :, 3 * size :] * (1 - exposed * exposed)
+    return inner, Residual.of(layout, gates[..., size : 2 * size], exposed)
+
+
+def _numbers(pullback: LSTMPullback) -> Any:
+    """h0, c0, h, c and the gates, where all are there."""
+    return (*pullback.initial, *pullback.states, pullback.gates)
 
 
 def _with_memory(pullback: LSTMPullback, threads: Threads) -> LSTMPullback:
@@ -180,14 +174,17 @@ def _gradients(
     entering: Sequence[Array],
     with_inputs: bool,
     way: Callable[[Any, How, Sequence[Array], Sequence[Array]], WayBack],
-    apart: Callable[[Any, Stages], tuple[Any, Path]],
+    apart: Callable[[Any, Layout], tuple[Any, Residual]],
 ) -> tuple[tuple[Array, Array, Array, Array | None], Sequence[Array]]:
     """What `WayBack.gradients` returns, and the first states' cotangents, (B, H) each."""
     if not how.in_stages:
         carries = [zeros(own, own.shape[1:]) for own in entering]
         return way(pullback, how, entering, carries).gradients(with_inputs), carries
-    stages = Stages.of(how.solver, entering[0])
-    inner, path = apart(pullback, stages)
-    led, carries = solve(stages, how.solver, path, entering, partial(way, inner, how.exact))
-    weights, recurrent, bias, dx = led.gradients(with_inputs)
-    return (weights, recurrent, bias, None if dx is None else stages.together(dx)), carries
+    layout = Layout.of(how.solver, entering[0])
+    inner, residual = apart(pullback, layout)
+    rounds = Rounds.of(layout, how.solver, residual, entering, partial(way, inner, How(EXACT, None, how.threads)))
+    firsts = [zeros(own, own.shape[1:]) for own in entering]
+    for first, g in zip(firsts, rounds.solved(), strict=True):
+        as_numpy(first)[...] = g[0]
+    weights, recurrent, bias, dx = rounds.way.gradients(with_inputs)
+    return (weights, recurrent, bias, None if dx is None else layout.together(dx)), firsts

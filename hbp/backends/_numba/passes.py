@@ -79,7 +79,7 @@ class Span:
             self.product.threads.run(partial(run, ROUND if k else APART, 0, length), batch, 64 * length * batch * size)
             if state.first:
                 sizes.append(state.measured(self.carries))
-                if solver.settled(sizes[-1]):
+                if solver.settled(sizes[-1], float(np.finfo(as_numpy(pulled).dtype).eps)):
                     break
         if sizes:
             solver.tell(sizes, length)

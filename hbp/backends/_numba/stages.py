@@ -1,8 +1,8 @@
-"""Chunks of several steps: stages that go back through their steps at once, as the batch of a shorter sequence.
+"""Rounds on chunks of several steps: stages that go back at once, side by side, as the batch of a shorter sequence.
 
-A round solves the iteration of `hbp.core.equation` on stages for what it changes. An exact pass F through all stages
-takes the last round's cotangents ``g`` at their ends to their starts; what it and the sources give there and ``g`` does
-not have yet is the defect, and goes on along the residual path R alone::
+It is the iteration of `hbp.core.equation` on stages, solved for what a round changes. An exact pass F through all
+stages takes the last round's cotangents ``g`` at their ends to their starts; what it and the sources give there and
+``g`` does not have yet goes on along the residual path R alone::
 
     change[s] = R[s]^T change[s+1] + (F(g[s+1]) + source[s] - g[s]),    g[s] += change[s]
 """
@@ -11,24 +11,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 from hbp.backends._numba.arrays import empty
-from hbp.backends._numba.compile import as_numpy
+from hbp.backends._numba.compile import Threads, as_numpy
 from hbp.backends._numba.scan import suffix_scan
-from hbp.backends._numba.way import WayBack
+from hbp.backends._numba.way_back import WayBack
 from hbp.backends.numpy import backend
 from hbp.core.backend import Array
 from hbp.core.operator import Diagonal
 from hbp.core.solver import Solver
 
+State: TypeAlias = tuple[Sequence[np.ndarray], Sequence[np.ndarray]]
+"""What a round changed, and the cotangents, (stages + 1, B, H), of h, or of h and c."""
+
 
 @dataclass(frozen=True)
-class Stages:
-    """Stages of ``size`` consecutive steps, the last perhaps of fewer, of so many steps and batch entries.
+class Layout:
+    """Layout of ``size`` consecutive steps, the last perhaps of fewer, of so many steps and batch entries.
 
-    >>> Stages(5, 2, 1).apart(np.arange(5.0).reshape(5, 1, 1)).squeeze(2).tolist()
+    >>> Layout(5, 2, 1).apart(np.arange(5.0).reshape(5, 1, 1)).squeeze(2).tolist()
     [[0.0, 2.0, 4.0], [1.0, 3.0, 0.0]]
     """
 
@@ -37,7 +41,7 @@ class Stages:
     batch: int
 
     @classmethod
-    def of(cls, solver: Solver, states: Array) -> Stages:
+    def of(cls, solver: Solver, states: Array) -> Layout:
         """Those of a solver's chunks, of states (T, B, H)."""
         return cls(len(states), min(solver.chunk, len(states)), states.shape[1])
 
@@ -78,6 +82,12 @@ class Stages:
         """What `apart` returned as (size, stages, B, N)."""
         return apart.reshape((self.size, self.count, self.batch, apart.shape[-1]))
 
+    def cut(self, cotangents: Array) -> tuple[Array, np.ndarray]:
+        """What enters inside the stages, as `apart`, and at their boundaries, (stages + 1, B, H), of (T, B, H)."""
+        inside, x = self.apart(cotangents), as_numpy(cotangents)
+        self.by_step(inside)[[step % self.size for step in self.last], range(self.count)] = 0
+        return inside, np.concatenate([np.zeros_like(x[:1]), x[self.last]])
+
     def before(self, initial: Array, states: Array) -> Array:
         """The states before the stages, (stages * B, H), of the initial ones and those of all steps."""
         found = empty(initial, (self.count, *initial.shape))
@@ -86,7 +96,7 @@ class Stages:
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
+class Residual:
     """The residual path through each stage: of a GRU, or of an LSTM, from c alone to h and c."""
 
     kept: np.ndarray
@@ -95,82 +105,92 @@ class Path:
     """The derivative of its last state h by c, where there are both."""
 
     @classmethod
-    def of(cls, stages: Stages, gate: Array, exposed: np.ndarray | None = None) -> Path:
+    def of(cls, layout: Layout, gate: Array, exposed: np.ndarray | None = None) -> Residual:
         """Of the gate that keeps, (T, B, H)."""
         values = as_numpy(gate)
-        kept = values[:: stages.size].copy()
-        for step in range(1, stages.size):
-            own = values[step :: stages.size]
+        kept = values[:: layout.size].copy()
+        for step in range(1, layout.size):
+            own = values[step :: layout.size]
             kept[: len(own)] *= own
         return cls(kept, exposed)
 
-    def along(self, sources: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The cotangents at the stages' boundaries of what enters there, (stages + 1, B, H): of h, or of h and c."""
+    def along(self, sources: Sequence[np.ndarray], threads: Threads) -> list[np.ndarray]:
+        """The cotangents at the stages' boundaries of what enters there, (stages + 1, B, H): of h, or of h and c.
+
+        They are written over the last of the sources.
+        """
         *others, last = sources
         if self.exposed is not None:
-            last = last.copy()
             last[:-1] += self.kept * self.exposed * others[0][1:]
-        return [*others, suffix_scan(Diagonal(self.kept), last)]
+        return [*others, suffix_scan(Diagonal(self.kept), last, threads)]
 
 
-def solve(
-    stages: Stages,
-    solver: Solver,
-    path: Path,
-    cotangents: Sequence[Array],
-    way: Callable[[list[Array], list[Array]], WayBack],
-) -> tuple[WayBack, list[Array]]:
-    """The way back from where the solver's rounds lead, not gone yet, and the first states' cotangents, (B, H) each.
+@dataclass(frozen=True, eq=False)
+class Rounds:
+    """The rounds of a solver; their state are the changes of the last one and the cotangents at the boundaries."""
 
-    Args:
-        stages, solver: with chunks of several steps.
-        path: along which a change goes on.
-        cotangents: from outside, of all states h, or h and c, (T, B, H) each.
-        way: through all stages, given what enters inside and the cotangents at their ends, (stages * B, H) each.
-    """
-    inside, sources = map(list, zip(*(_cut(stages, own) for own in cotangents), strict=True))
-    g, sizes = [np.zeros_like(own) for own in sources], list[tuple[float, float]]()
-    for _ in range(solver.most(stages.count) + 1):
-        carries = [_as_carry(own, cotangents[0]) for own in g]
-        way(inside, carries).through()
+    layout: Layout
+    solver: Solver
+    residual: Residual
+    sources: Sequence[np.ndarray]
+    """What enters at the boundaries from outside, of h, or of h and c, (stages + 1, B, H) each."""
+    inside: Sequence[Array]
+    """What enters at all other steps, as `Layout.apart`."""
+    way: WayBack
+    """The exact way through all stages, with ``inside``."""
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        solver: Solver,
+        residual: Residual,
+        cotangents: Sequence[Array],
+        way: Callable[[Sequence[Array], Sequence[Array]], WayBack],
+    ) -> Rounds:
+        """With all states' cotangents from outside, (T, B, H) each; ``way`` takes what enters inside, and carries."""
+        inside, sources = zip(*map(layout.cut, cotangents), strict=True)
+        carries = [empty(own, (layout.count * layout.batch, own.shape[-1])) for own in cotangents]
+        return cls(layout, solver, residual, sources, inside, way(inside, carries))
+
+    def solved(self) -> list[np.ndarray]:
+        """The cotangents at the boundaries; the way starts from there then."""
+        nothing = [np.zeros_like(source) for source in self.sources]
+        gauge = None if self.solver == Solver(self.solver.iterations, self.solver.chunk) else self
+        first, most = self.advance((nothing, nothing)), self.solver.most(self.layout.count)
+        g: list[np.ndarray] = backend.repeat(self.advance, first, most, gauge)[1]
+        self._start(g)
+        return g
+
+    def advance(self, state: State) -> State:
+        """A round: what F leads to and the sources give, and the last round did not have, goes on along the path."""
+        _, g = state
+        self._start(g)
+        self.way.go()
+        for own, source in zip(self.inside, self.sources, strict=True):  # the last stage's end is known from now on
+            as_numpy(self.layout.by_step(own))[self.layout.last[-1] % self.layout.size, -1] = source[-1]
         with np.errstate(all="ignore"):  # compiled loops are silent on infinities, too
-            changes = path.along([_defect(*own) for own in zip(carries, sources, g, strict=True)])
-            g = [own + change for own, change in zip(g, changes, strict=True)]
-        for own, source in zip(inside, sources, strict=True):  # known from now on, so it takes no part in changes
-            as_numpy(stages.by_step(own))[stages.last[-1] % stages.size, -1] = source[-1]
-        if solver.tolerance is not None or solver.watch is not None:
-            sizes.append((_norm(changes), _norm(g)))
-            if solver.settled(sizes[-1]):
-                break
-    if sizes:
-        solver.tell(sizes, stages.count)
-    ends, first = [_as_carry(own, cotangents[0]) for own in g], [empty(cotangents[0], own[0].shape) for own in g]
-    for array, own in zip(first, g, strict=True):
-        as_numpy(array)[...] = own[0]
-    return way(inside, ends), first
+            defects = [source - own for source, own in zip(self.sources, g, strict=True)]
+            for defect, carry in zip(defects, self.way.carries, strict=True):
+                defect[:-1] += as_numpy(carry).reshape(defect[1:].shape)
+            changes = self.residual.along(defects, self.way.how.threads)
+            return changes, [own + change for own, change in zip(g, changes, strict=True)]
 
+    def _start(self, g: Sequence[np.ndarray]) -> None:
+        """Put the cotangents at the stages' ends into the carries; the last one's enter inside: it may be shorter."""
+        for own, carry in zip(g, self.way.carries, strict=True):
+            rows = as_numpy(carry).reshape(own[1:].shape)
+            rows[:-1], rows[-1] = own[1:-1], 0
 
-def _cut(stages: Stages, cotangents: Array) -> tuple[Array, np.ndarray]:
-    """What enters inside the stages, as `Stages.apart`, and at their boundaries, (stages + 1, B, H)."""
-    inside, x = stages.apart(cotangents), as_numpy(cotangents)
-    stages.by_step(inside)[[step % stages.size for step in stages.last], range(stages.count)] = 0
-    return inside, np.concatenate([np.zeros_like(x[:1]), x[stages.last]])
+    def measure(self, state: State) -> tuple[float, float]:
+        """The sizes of the changes and of the solution."""
+        change, size = (backend.norm(np.concatenate([own.reshape(-1) for own in part])) for part in state)
+        return change, size
 
+    def settled(self, sizes: tuple[float, float]) -> bool:
+        """Whether the tolerance is met, or will not be."""
+        return self.solver.settled(sizes, float(np.finfo(self.sources[0].dtype).eps))
 
-def _as_carry(g: np.ndarray, like: Array) -> Array:
-    """The cotangents at the stages' ends, (stages * B, H); the last one's enter inside, where it may be shorter."""
-    carry = empty(like, ((len(g) - 1) * g.shape[1], g.shape[2]))
-    rows = as_numpy(carry).reshape(g[1:].shape)
-    rows[:-1], rows[-1] = g[1:-1], 0
-    return carry
-
-
-def _defect(carry: Array, source: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """What sources and stages give at the boundaries, and g does not have."""
-    found: np.ndarray = source - g
-    found[:-1] += as_numpy(carry).reshape(g[1:].shape)
-    return found
-
-
-def _norm(parts: Sequence[np.ndarray]) -> float:
-    return backend.norm(np.concatenate([part.reshape(-1) for part in parts]))
+    def told(self, sizes: Sequence[tuple[float, float]]) -> None:
+        """Report on all rounds, from their sizes."""
+        self.solver.tell(sizes, self.layout.count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from hbp.backends._numba.arrays import empty, zeros
@@ -20,6 +20,10 @@ SPAN = 1 << 20
 EXACT = Solver()
 
 
+LEAST = 512
+"""Rows of a span that pay for going through the weights' gradients once more."""
+
+
 @dataclass(frozen=True, eq=False)
 class How:
     """How a way back is solved: exact, or in rounds, on single steps with directions of the weights in the path."""
@@ -32,11 +36,6 @@ class How:
     def in_stages(self) -> bool:
         """Whether in rounds on stages of several steps."""
         return not self.solver.exact and self.solver.chunk > 1
-
-    @property
-    def exact(self) -> How:
-        """The exact way on the same threads."""
-        return How(EXACT, None, self.threads)
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Columns:
 
 @dataclass(frozen=True, eq=False)
 class WayBack:
-    """The way back through all steps of either cell, to be gone once: exact in spans of time, rounds over all steps."""
+    """The way back through all steps of either cell: exact, in spans of time, or in rounds over all steps at once."""
 
     task: str
     """Whose times tell who multiplies, as "gru backward"."""
@@ -66,13 +65,13 @@ class WayBack:
     entering: Sequence[Array]
     """The cotangents given from outside."""
     carries: Sequence[Array]
-    """Those that enter at the last states, in whose place come those of the first; the products go to one's first."""
+    """What else there is of the last states' cotangents; going puts those of the first states in its place."""
     columns: Columns
     """Those of ``d`` in each product."""
     how: How
 
-    def through(self) -> None:
-        """Go, for the carries alone."""
+    def go(self) -> None:
+        """Find the carries alone."""
         for _ in self._spans():
             pass
 
@@ -105,25 +104,36 @@ class WayBack:
             add(dx, rows[:, part], self.pullback.params.weight_ih[gates])
             add = backend.add_product
 
+    @cached_property
+    def _product(self) -> Product:
+        (batch, size), weight = self.carries[0].shape, self.pullback.params.weight_hh
+        if not self.how.solver.exact:
+            return Product.called(weight, size, self.how.threads)
+        length, backend = len(self.pullback.x), self.pullback.backend
+        return Product.of(self.task, backend, weight, size, length, batch, self.how.threads)
+
+    @cached_property
+    def _d(self) -> Array:
+        """Room for a span's, (steps, B, 4H)."""
+        carry, steps = self.carries[0], len(self.pullback.x)
+        batch, size = carry.shape
+        if self.how.solver.exact:
+            steps = min(max(SPAN // max(4 * size * batch, 1), min(8, -(-LEAST // max(batch, 1)))), steps)
+        return empty(carry, (steps, batch, 4 * size))
+
     def _spans(self) -> Iterator[tuple[int, int, Array]]:
         """Solve each span, the last first; yields its first step, the one behind its last, and ``d`` as rows."""
-        exact, carry, length = self.how.solver.exact, self.carries[0], len(self.pullback.x)
-        weight, backend, (batch, size) = self.pullback.params.weight_hh, self.pullback.backend, carry.shape
-        if exact:
-            product = Product.of(self.task, backend, weight, size, length, batch, self.how.threads)
-        else:
-            product = Product.called(weight, size, self.how.threads)
-        most = max(SPAN // max(4 * size * batch, 1), 8) if exact else length
-        d = empty(carry, (min(most, length), batch, 4 * size))
-        for b in range(length, 0, -most):
-            a = max(b - most, 0)
-            own, columns = d[: b - a], self.columns.recurrent
-            span = Span(partial(self.steps, a, b, own), self.carries, own, columns, weight, backend, product)
-            if exact:
+        pullback, columns = self.pullback, self.columns.recurrent
+        for b in range(len(pullback.x), 0, -len(self._d)):
+            a = max(b - len(self._d), 0)
+            d = self._d[: b - a]
+            loop, weight = partial(self.steps, a, b, d), pullback.params.weight_hh
+            span = Span(loop, self.carries, d, columns, weight, pullback.backend, self._product)
+            if self.how.solver.exact:
                 span.exact()
             else:
                 span.rounds(self.how.solver, self.how.directions, self.entering)
-            yield a, b, own.reshape(((b - a) * batch, 4 * size))
+            yield a, b, d.reshape((d.shape[0] * d.shape[1], d.shape[2]))
 
 
 def _put(backend: Any, product: Array, rows: Array, weight: Array) -> None:
