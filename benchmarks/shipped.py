@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, geometric_mean
 
-from hbp.backends import _tuning
 from hbp.backends._timing import WORK
-from hbp.backends._tuning import Timing, Timings
+from hbp.backends._tuned import Timing, Timings, read, write
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,12 +23,12 @@ def main(arguments: Sequence[str]) -> int:
     if not given:
         print("benchmarks.shipped: give files of hbp tune, and the file to write", file=sys.stderr)
         return 2
-    machines = [_tuning.read(path) for path in given]
+    machines = [read(path) for path in given]
     if others := [str(path) for path, machine in zip(given, machines, strict=True) if len(machine.sources) > 1]:
         print(f"benchmarks.shipped: {', '.join(others)}: not all rows are of one machine; measure all", file=sys.stderr)
         return 2
     try:
-        _tuning.write(made, mean(machines))
+        write(made, mean(machines))
     except ValueError as error:
         print(f"benchmarks.shipped: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hbp.backends import _tuning
 from hbp.backends._kernels import CPU
-from hbp.backends._tuning import Timing, Timings
+from hbp.backends._tuned import Timing, Timings, check_writable, read, write
 
 LIBRARIES = ("numpy", "torch")
 
@@ -30,7 +30,7 @@ def tune(libraries: Sequence[str], tell: Callable[[str], None] = print, path: Pa
     for library in libraries:
         _check(library)
     path = _tuning.cache_file() if path is None else path
-    _tuning.check_writable(path)
+    check_writable(path)
     kept = _kept()
     rows = [replace(row, source=row.source or kept.source) for row in kept.rows if not _measured(row, libraries)]
     source = f"hbp tune, {date.today().isoformat()}, {_tuning.processor()}"
@@ -39,7 +39,7 @@ def tune(libraries: Sequence[str], tell: Callable[[str], None] = print, path: Pa
             for row in measure(libraries):
                 tell(_line(row))
                 rows.append(row)
-    _tuning.write(path, Timings(source, tuple(rows)))
+    write(path, Timings(source, tuple(rows)))
     _tuning.forget()
     return path
 
@@ -49,7 +49,7 @@ def _kept() -> Timings:
     try:
         return _tuning.timings()
     except (ValueError, OSError):
-        return _tuning.read(_tuning.shipped())
+        return read(_tuning.shipped())
 
 
 def _measured(row: Timing, libraries: Sequence[str]) -> bool:

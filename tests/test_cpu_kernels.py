@@ -39,7 +39,8 @@ from hbp.backends import _numba, _tuning
 from hbp.backends._numba import adjoints, compile, functions, lowrank, meeting, products, scan, subnormals, way_back
 from hbp.backends._numba.compile import Threads
 from hbp.backends._numba.forwards import gru_forward, lstm_forward
-from hbp.backends._tuning import Timing, Timings, pinned
+from hbp.backends._tuned import Timing, Timings
+from hbp.backends._tuning import pinned
 
 LENGTHS = (1, 2, 3, 17, 127, 128, 129, 1000)
 SHAPES = ((), (5,), (3, 4), (2, 3, 4), (2, 1, 3, 2))

@@ -14,7 +14,8 @@ import pytest
 from torch_oracles import opened, under_autocast
 
 import hbp
-from hbp.backends._tuning import Timing, Timings, given, pinned
+from hbp.backends._tuned import Timing, Timings
+from hbp.backends._tuning import given, pinned
 
 torch = pytest.importorskip("torch")
 hb: Any = pytest.importorskip("hbp.backends.torch")

@@ -15,7 +15,8 @@ import pytest
 from benchmarks.shipped import main as make_shipped
 from hbp import cli, tuning
 from hbp.backends import _timing, _tuning
-from hbp.backends._tuning import Timing, Timings, cache_file, fastest, given, pinned, read, write
+from hbp.backends._tuned import VARIABLE, Timing, Timings, read, write
+from hbp.backends._tuning import cache_file, fastest, given, pinned
 
 pytestmark = pytest.mark.usefixtures("_forgotten")
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("_forgotten")
 @pytest.fixture
 def _forgotten(monkeypatch, tmp_path):
     """Times read anew, from a cache folder of this test's own."""
-    monkeypatch.delenv(_tuning.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "HOME"):
         monkeypatch.setenv(name, str(tmp_path / "cache"))
     _tuning.forget()
@@ -108,7 +109,7 @@ def test_times_come_from_the_cache_else_from_what_is_shipped_or_whence_a_variabl
     assert _tuning.timings() == table(SMALL) == read(cache_file())
     write(tmp_path / "other.json", table(LARGE))
     for value, rows in (("shipped", None), (str(tmp_path / "other.json"), table(LARGE).rows)):
-        monkeypatch.setenv(_tuning.VARIABLE, value)
+        monkeypatch.setenv(VARIABLE, value)
         _tuning.forget()
         assert rows is None or _tuning.timings().rows == rows
         assert (rows is None) == ("shipped" in _tuning.timings().source)
@@ -148,7 +149,7 @@ def test_a_file_that_is_none_is_told_and_can_be_left_behind(text, capsys):
 
 def test_that_the_variable_names_no_file_is_one_sentence(monkeypatch, capsys, tmp_path):
     for path, why in ((tmp_path / "nowhere.json", "No such file or directory"), (tmp_path, "Is a directory")):
-        monkeypatch.setenv(_tuning.VARIABLE, str(path))
+        monkeypatch.setenv(VARIABLE, str(path))
         _tuning.forget()
         said = (
             f"the times in {str(path)!r} cannot be read: {why}; give HBP_TUNED a file that hbp tune --output wrote, or "
@@ -186,10 +187,10 @@ def test_tune_measures_and_keeps(library, monkeypatch, capsys):
             monkeypatch.setattr(f"{module}.SIZES", [(1, 4), (2, 8)])
     if library == "torch":
         monkeypatch.setattr("hbp.backends.torch.tuning.STACKS", [(2, 4)])
-    monkeypatch.setenv(_tuning.VARIABLE, "shipped")
+    monkeypatch.setenv(VARIABLE, "shipped")
     assert cli.main(["tune", "--backend", library]) == 0
     assert "HBP_TUNED=shipped is read instead, until it is unset" in capsys.readouterr().out
-    monkeypatch.delenv(_tuning.VARIABLE)
+    monkeypatch.delenv(VARIABLE)
     assert cli.main(["tune", "--backend", library]) == 0
     found = read(cache_file())
     own = [row for row in found.rows if row.library == library]
@@ -211,7 +212,7 @@ def test_shipped_times_are_the_geometric_means_of_those_of_several_machines(tmp_
     other = replace(one, seconds={"library": 4.0, "adjoint": 1.5, "compiled": 1.0}, once={"library": 3.0})
     alone = replace(one, width=9)
     for name, rows in (("a", (one,)), ("b", (alone, other)), ("c", (replace(one, seconds={"new": 1.0}, once={}),))):
-        _tuning.write(tmp_path / name, Timings(name.upper(), rows))
+        write(tmp_path / name, Timings(name.upper(), rows))
     assert make_shipped([str(tmp_path / name) for name in ("a", "b", "made")]) == 0
     found = read(tmp_path / "made")
     assert found.source == "shipped with hbp, measured on A and B"

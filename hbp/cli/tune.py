@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hbp.backends._kernels import CPU
-from hbp.backends._tuning import VARIABLE, cache_file
+from hbp.backends._tuned import VARIABLE
+from hbp.backends._tuning import cache_file
 from hbp.cli.common import InputError
 from hbp.tuning import LIBRARIES, tune
 

@@ -15,22 +15,23 @@ from typing import TypeAlias
 
 import numpy as np
 
+from hbp.backends._array import NumpyLike
 from hbp.backends._numba.arrays import empty
 from hbp.backends._numba.compile import Threads, as_numpy
 from hbp.backends._numba.scan import suffix_scan
 from hbp.backends._numba.way_back import WayBack
-from hbp.backends.numpy import backend
 from hbp.core.backend import Array
 from hbp.core.operator import Diagonal
 from hbp.core.solver import Solver
 
+_NUMPY = NumpyLike("numpy", np)
 State: TypeAlias = tuple[Sequence[np.ndarray], Sequence[np.ndarray]]
 """What a round changed, and the cotangents, (stages + 1, B, H), of h, or of h and c."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Layout of ``size`` consecutive steps, the last perhaps of fewer, of so many steps and batch entries.
+    """Stages of ``size`` consecutive steps, the last perhaps of fewer, of a sequence, and how they lie side by side.
 
     >>> Layout(5, 2, 1).apart(np.arange(5.0).reshape(5, 1, 1)).squeeze(2).tolist()
     [[0.0, 2.0, 4.0], [1.0, 3.0, 0.0]]
@@ -158,7 +159,7 @@ class Rounds:
         nothing = [np.zeros_like(source) for source in self.sources]
         gauge = None if self.solver == Solver(self.solver.iterations, self.solver.chunk) else self
         first, most = self.advance((nothing, nothing)), self.solver.most(self.layout.count)
-        g: list[np.ndarray] = backend.repeat(self.advance, first, most, gauge)[1]
+        g: list[np.ndarray] = _NUMPY.repeat(self.advance, first, most, gauge)[1]
         self._start(g)
         return g
 
@@ -184,7 +185,7 @@ class Rounds:
 
     def measure(self, state: State) -> tuple[float, float]:
         """The sizes of the changes and of the solution."""
-        change, size = (backend.norm(np.concatenate([own.reshape(-1) for own in part])) for part in state)
+        change, size = (_NUMPY.norm(np.concatenate([own.reshape(-1) for own in part])) for part in state)
         return change, size
 
     def settled(self, sizes: tuple[float, float]) -> bool:

@@ -13,7 +13,7 @@ from hbp.backends._numba.compile import Threads
 from hbp.backends._numba.forwards import gru_forward, lstm_forward
 from hbp.backends._numba.products import ways
 from hbp.backends._timing import SIZES, apart, in_ways, steps_of
-from hbp.backends._tuning import Timing
+from hbp.backends._tuned import Timing
 from hbp.cells import GRUParameters, GRUPullback, LSTMParameters, LSTMPullback
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hbp.backends._timing import SIZES, STACKS, apart, in_ways, shortest, steps_of
-from hbp.backends._tuning import Timing
+from hbp.backends._tuned import Timing
 from hbp.backends.torch.recurrent.adjoint import BACKEND
 from hbp.backends.torch.recurrent.choice import WAYS
 from hbp.backends.torch.recurrent.modules import GRU, LSTM
