@@ -185,7 +185,7 @@ class Rounds:
 
     def measure(self, state: State) -> tuple[float, float]:
         """The sizes of the changes and of the solution."""
-        change, size = (_NUMPY.norm(np.concatenate([own.reshape(-1) for own in part])) for part in state)
+        change, size = (_NUMPY.norm(np.concatenate(part)) for part in state)
         return change, size
 
     def settled(self, sizes: tuple[float, float]) -> bool:
