@@ -21,7 +21,7 @@ CASES = {
 CHECK = {"T": 60, "B": 4, "H": 48, "weights": 3.0}
 """Smaller matrices PyTorch multiplies as they are."""
 GPU_CASES: list[dict[str, Any]] = []
-"""A GPU's products have a precision between the two; `benchmarks.gpu` measures that."""
+"""A GPU's products have a precision of their own between the two, TF32; no layers are measured with it."""
 
 
 def methods(case: dict[str, Any], lib: Library) -> Iterator[Method]:

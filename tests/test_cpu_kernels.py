@@ -613,7 +613,6 @@ def test_rounds_on_stages_are_the_plain_pullback(cell, dtype, way, threads, monk
     monkeypatch.setattr(scan, "own_threads", lambda: pytest.fail("the scan runs on other threads than those given"))
     if way == "spans":
         monkeypatch.setattr(way_back, "SPAN", 1)
-        monkeypatch.setattr(way_back, "LEAST", 1)
     options = cycle(product(product((True, False), repeat=2), (True, False), (True, False), (True, False)))
     sizes = product(((1, 2), (6, 3), (7, 3), (7, 6), (20, 9), (5, 5), (5, 50)), ((1, 8), (3, 5), (2, 1)))
     for ((length, chunk), size), (biases, dc, kept, c) in zip(sizes, options, strict=False):
@@ -653,6 +652,23 @@ def test_a_tolerance_stops_the_compiled_rounds_where_it_stops_the_core(cell, sca
 
 
 @both_cells
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_tolerance_of_nothing_asks_for_all_rounds_of_compiled_code_too(cell, chunk, used, rng):
+    """And is not called missed after them: they are exact, also where cotangents are far below the largest."""
+    pullback, cotangents = problem(cell, rng, (60, 2, 8), "float32")
+    d = cotangents if cell == "gru" else cotangents[0]
+    d[:-1] = 0
+    d = d if cell == "gru" else (d, None)
+    reports: list[Any] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hbp.DivergenceWarning)
+        found = leaves(pullback(d, chunk=chunk, tolerance=0.0, watch=reports.append))
+    close(found, plain(pullback, d), 1e-4)
+    assert reports[0].exact
+    assert used[-1] == f"{cell}_adjoint"
+
+
+@both_cells
 @both_dtypes
 @pytest.mark.parametrize("chunk", [1, 8])
 def test_a_tolerance_below_rounding_ends_the_compiled_rounds_where_nothing_else_changes(cell, dtype, chunk, used, rng):
@@ -663,10 +679,11 @@ def test_a_tolerance_below_rounding_ends_the_compiled_rounds_where_nothing_else_
     options = {"chunk": chunk, "tolerance": np.finfo(dtype).eps / 20, "watch": reports.append}
     with warnings.catch_warnings():
         warnings.simplefilter("error", hbp.DivergenceWarning)
-        close(leaves(pullback(cotangents, **options)), plain(pullback, cotangents, **options), TOLERANCE[dtype])
+        found, expected = leaves(pullback(cotangents, **options)), plain(pullback, cotangents, **options)
+    close(found, expected, 10 * TOLERANCE[dtype])  # the tolerance is one of the norm of all
     ours, core = reports
     assert len(ours.increments) <= len(core.increments) < 400 / chunk
-    assert ours.shares[-1] <= np.finfo(dtype).eps < ours.shares[-2]
+    assert ours.shares[-1] <= 16 * np.finfo(dtype).eps < ours.shares[-2]
     assert used[-1] == f"{cell}_adjoint"
 
 

@@ -61,7 +61,7 @@ class Equation:
         if self.solver.exact:
             return self._exact()
         g = self._scanned(self.c)
-        if self.solver == Solver(self.solver.iterations, self.solver.chunk):  # nothing that looks at increments
+        if not self.solver.measures:
             return self.filled(self.backend.repeat(lambda g: self._round(g, self.c), g, self.most))
         return self.filled(self.backend.repeat(self.advance, (g, g), self.most, self)[1])
 

@@ -13,6 +13,9 @@ from hbp.core.backend import check_count, check_kind
 from hbp.core.increments import ADVICE, DivergenceWarning, Report
 from hbp.core.schedule import Schedule
 
+NOISE = 16
+"""Relative errors of one number at which differences of solutions were seen to stall, where gates forget little."""
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -24,7 +27,8 @@ class Solver:
         chunk: layers per stage; blocks are then stages, inside which backprop is exact.
         tolerance: stop when the last increment is at most this fraction of the solution, from 0 to 1, or is not finite,
             which no further round mends; a `DivergenceWarning` says once where it is not met and the increments grow,
-            or grew so far that what rounding leaves of them is more.
+            or grew so far that what rounding leaves of them is more. Compiled code that measures differences of
+            solutions stops at their rounding, too (`above`).
         watch: called with the report on the increments, where there are any.
 
     Raises:
@@ -84,13 +88,22 @@ class Solver:
         """The number of rounds at most on a chain of this length, beyond which nothing is left."""
         return length if self.iterations is None else min(self.iterations, length)  # type: ignore[type-var,return-value]
 
-    def settled(self, sizes: tuple[float, float], rounding: float = 0.0) -> bool:
-        """Whether a last increment and a solution of these norms meet the tolerance, or are not finite.
+    @property
+    def measures(self) -> bool:
+        """Whether anybody asks how large the increments are."""
+        return self.tolerance is not None or self.watch is not None
 
-        An increment that is a difference of two solutions does so within their ``rounding``, as a fraction of them.
+    def above(self, rounding: float) -> Solver:
+        """This solver for increments that are differences of solutions, given the relative error of one number.
+
+        A tolerance is at least some of these, as such differences get no smaller; 0 stays, and asks for all rounds.
         """
+        return replace(self, tolerance=max(self.tolerance, NOISE * rounding)) if self.tolerance else self
+
+    def settled(self, sizes: tuple[float, float]) -> bool:
+        """Whether a last increment and a solution of these norms meet the tolerance, or are not finite."""
         # No comparison with NaN is true, and infinity is not more than a part of infinity.
-        return self.tolerance is not None and (sizes[0] > max(self.tolerance, rounding) * sizes[1]) == 0
+        return self.tolerance is not None and (sizes[0] > self.tolerance * sizes[1]) == 0
 
     def tell(self, sizes: Sequence[tuple[float, float]], length: int, rounding: float = 0.0) -> None:
         """Report on all rounds on a chain of this length, from their norms.
@@ -117,7 +130,7 @@ class Solver:
         last, asked = report.increments[-1], self.tolerance * report.sizes[-1]
         if not report.diverges and last <= min(report.increments[-2:]):
             return None
-        if last > asked:
+        if last > asked and (asked or not report.exact):  # a tolerance of 0 asks for all rounds, and these are they
             rounds = len(report.increments) - 1
             return f"the increments grow, and {rounds} rounds have not met tolerance={self.tolerance}: allow more, "
         if rounding * max(report.increments) > asked > 0:

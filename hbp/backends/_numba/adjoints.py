@@ -40,7 +40,6 @@ def gru_adjoint(
     Directions go with single steps alone.
     """
     params, size, how = pullback.params, dh.shape[-1], How(solver, directions, threads or own_threads())
-    pullback = _with_gates(pullback, how.threads) if how.in_stages else pullback  # each round needs them
     (weights, recurrent, bias, dx), (dh0,) = _gradients(pullback, how, [dh], with_inputs, _gru_way, _gru_apart)
     given = params.bias_ih, params.bias_hh
     by_gate = pullback.backend.concat([bias[size : 3 * size], bias[:size]])
@@ -68,20 +67,19 @@ def _gru_way(pullback: GRUPullback, how: How, entering: Sequence[Array], carries
     return WayBack("gru backward", pullback, (pullback.h0, h), steps, entering, carries, columns, how)
 
 
-def _gru_apart(pullback: GRUPullback, layout: Layout) -> tuple[GRUPullback, Residual]:
-    """The stages as a batch of short sequences, and the residual path through each."""
-    h0, h, (values, q), apart = pullback.h0, pullback.h, cast(Any, pullback.gates), layout.apart
-    inner = replace(pullback, x=apart(pullback.x), h0=layout.before(h0, h), h=apart(h), gates=(apart(values), apart(q)))
-    return inner, Residual.of(layout, values[..., h.shape[-1] : 2 * h.shape[-1]])
+def _gru_apart(pullback: GRUPullback, layout: Layout, threads: Threads) -> tuple[GRUPullback, Residual]:
+    """The stages as a batch of short sequences with gates, which each round needs, and the residual path through each.
 
-
-def _with_gates(pullback: GRUPullback, threads: Threads) -> GRUPullback:
-    """With the gates of all steps, which are computed again where they were not kept."""
-    if pullback.gates is not None:
-        return pullback
-    h, before = pullback.h, previous(pullback.h0, pullback.h, pullback.backend)
-    room = empty(h, (*h.shape[:2], 3 * h.shape[-1]))
-    return replace(pullback, gates=_gru_gates(pullback, pullback.x, before, room, threads))
+    Steps that the last stage does not have are led to by no cotangent, whatever their gates.
+    """
+    h0, h, apart, size = pullback.h0, pullback.h, layout.apart, pullback.h.shape[-1]
+    inner, gates = replace(pullback, x=apart(pullback.x), h0=layout.before(h0, h), h=apart(h)), pullback.gates
+    if gates is None:
+        before, room = previous(inner.h0, inner.h, inner.backend), empty(h, (*inner.h.shape[:2], 3 * size))
+        gates = _gru_gates(inner, inner.x, before, room, threads)
+    else:
+        gates = apart(gates[0]), apart(gates[1])
+    return replace(inner, gates=gates), Residual.of(layout, gates[0][..., size : 2 * size])
 
 
 def _gru_gates(pullback: GRUPullback, x: Array, before: Array, scratch: Array, threads: Threads) -> tuple[Array, Array]:
@@ -129,14 +127,14 @@ def _lstm_way(pullback: LSTMPullback, how: How, entering: Sequence[Array], carri
     return WayBack("lstm backward", pullback, (h0, h), steps, entering, carries, columns, how)
 
 
-def _lstm_apart(pullback: LSTMPullback, layout: Layout) -> tuple[LSTMPullback, Residual]:
-    """As `_gru_apart`."""
+def _lstm_apart(pullback: LSTMPullback, layout: Layout, _: Threads) -> tuple[LSTMPullback, Residual]:
+    """As `_gru_apart`, of a pullback with gates and states c."""
     (h0, c0, h, c, gates), apart, size = _numbers(pullback), layout.apart, pullback.params.weight_hh.shape[-1]
     initial = layout.before(h0, h), layout.before(c0, c)
     inner = replace(pullback, x=apart(pullback.x), initial=initial, states=(apart(h), apart(c)), gates=apart(gates))
     exposed = np.tanh(as_numpy(c)[layout.last])
     exposed = as_numpy(gates)[layout.last, :, 3 * size :] * (1 - exposed * exposed)
-    return inner, Residual.of(layout, gates[..., size : 2 * size], exposed)
+    return inner, Residual.of(layout, cast(Any, inner.gates)[..., size : 2 * size], exposed)
 
 
 def _numbers(pullback: LSTMPullback) -> Any:
@@ -174,16 +172,17 @@ def _gradients(
     entering: Sequence[Array],
     with_inputs: bool,
     way: Callable[[Any, How, Sequence[Array], Sequence[Array]], WayBack],
-    apart: Callable[[Any, Layout], tuple[Any, Residual]],
+    apart: Callable[[Any, Layout, Threads], tuple[Any, Residual]],
 ) -> tuple[tuple[Array, Array, Array, Array | None], Sequence[Array]]:
     """What `WayBack.gradients` returns, and the first states' cotangents, (B, H) each."""
+    solver = how.solver.above(float(np.finfo(as_numpy(entering[0]).dtype).eps))
     if not how.in_stages:
-        carries = [zeros(own, own.shape[1:]) for own in entering]
-        return way(pullback, how, entering, carries).gradients(with_inputs), carries
-    layout = Layout.of(how.solver, entering[0])
-    inner, residual = apart(pullback, layout)
-    rounds = Rounds.of(layout, how.solver, residual, entering, partial(way, inner, How(EXACT, None, how.threads)))
-    firsts = [zeros(own, own.shape[1:]) for own in entering]
+        carries, own = [zeros(one, one.shape[1:]) for one in entering], replace(how, solver=solver)
+        return way(pullback, own, entering, carries).gradients(with_inputs), carries
+    layout, exact = Layout.of(solver, entering[0]), How(EXACT, None, how.threads, least=1)
+    inner, residual = apart(pullback, layout, how.threads)
+    rounds = Rounds.of(layout, solver, residual, entering, partial(way, inner, exact))
+    firsts = [zeros(one, one.shape[1:]) for one in entering]
     for first, g in zip(firsts, rounds.solved(), strict=True):
         as_numpy(first)[...] = g[0]
     weights, recurrent, bias, dx = rounds.way.gradients(with_inputs)

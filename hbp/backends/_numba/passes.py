@@ -79,7 +79,7 @@ class Span:
             self.product.threads.run(partial(run, ROUND if k else APART, 0, length), batch, 64 * length * batch * size)
             if state.first:
                 sizes.append(state.measured(self.carries))
-                if solver.settled(sizes[-1], float(np.finfo(as_numpy(pulled).dtype).eps)):
+                if solver.settled(sizes[-1]):
                     break
         if sizes:
             solver.tell(sizes, length)
@@ -119,7 +119,7 @@ class _Round:
             left, right = _in_vectors(*map(dense, directions.taken))
             low = np.zeros((length, batch, len(right)), left.dtype)
             state = cls(left, right, low, np.empty(low.shape[1:], low.dtype), state.before, state.sizes, [])
-        if solver.tolerance is None and solver.watch is None:
+        if not solver.measures:
             return state
         largest = max((float(abs(array).max()) for array in map(as_numpy, entering) if array.size), default=0.0)
         factor = 1 / largest if 0 < largest < np.inf else 1.0

@@ -4,7 +4,8 @@ It is the iteration of `hbp.core.equation` on stages, solved for what a round ch
 stages takes the last round's cotangents ``g`` at their ends to their starts; what it and the sources give there and
 ``g`` does not have yet goes on along the residual path R alone::
 
-    change[s] = R[s]^T change[s+1] + (F(g[s+1]) + source[s] - g[s]),    g[s] += change[s]
+    change[s] = R[s]^T change[s+1] + (F(g[s+1]) + source[s] - g[s])
+    g[s] <- F(g[s+1]) + source[s] + R[s]^T change[s+1]
 """
 
 from __future__ import annotations
@@ -107,21 +108,25 @@ class Residual:
 
     @classmethod
     def of(cls, layout: Layout, gate: Array, exposed: np.ndarray | None = None) -> Residual:
-        """Of the gate that keeps, (T, B, H)."""
-        values = as_numpy(gate)
-        kept = values[:: layout.size].copy()
-        for step in range(1, layout.size):
-            own = values[step :: layout.size]
-            kept[: len(own)] *= own
+        """Of the gate that keeps, as `Layout.apart` lays it out."""
+        kept, *others = as_numpy(layout.by_step(gate))
+        kept = kept.copy()
+        for step, own in enumerate(others, 1):
+            stages = len(range(step, layout.length, layout.size))  # that have such a step
+            kept[:stages] *= own[:stages]
         return cls(kept, exposed)
 
-    def along(self, sources: Sequence[np.ndarray], threads: Threads) -> list[np.ndarray]:
-        """The cotangents at the stages' boundaries of what enters there, (stages + 1, B, H): of h, or of h and c.
+    def across(self, ends: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """From the cotangents at the stages' ends to those at their starts, (stages, B, H): of h, or of h and c."""
+        if self.exposed is None:
+            return [self.kept * ends[0]]
+        return [np.zeros_like(ends[0]), self.kept * (ends[1] + self.exposed * ends[0])]
 
-        They are written over the last of the sources.
-        """
+    def along(self, sources: Sequence[np.ndarray], threads: Threads) -> list[np.ndarray]:
+        """The cotangents at the stages' boundaries of what enters there, (stages + 1, B, H): of h, or of h and c."""
         *others, last = sources
-        if self.exposed is not None:
+        if self.exposed is not None:  # what enters at h goes on in c
+            last = last.copy()
             last[:-1] += self.kept * self.exposed * others[0][1:]
         return [*others, suffix_scan(Diagonal(self.kept), last, threads)]
 
@@ -157,8 +162,10 @@ class Rounds:
     def solved(self) -> list[np.ndarray]:
         """The cotangents at the boundaries; the way starts from there then."""
         nothing = [np.zeros_like(source) for source in self.sources]
-        gauge = None if self.solver == Solver(self.solver.iterations, self.solver.chunk) else self
+        gauge = self if self.solver.measures else None
         first, most = self.advance((nothing, nothing)), self.solver.most(self.layout.count)
+        for own, source in zip(self.inside, self.sources, strict=True):  # what the last state has is known from now on
+            as_numpy(self.layout.by_step(own))[(self.layout.length - 1) % self.layout.size, -1] = source[-1]
         g: list[np.ndarray] = _NUMPY.repeat(self.advance, first, most, gauge)[1]
         self._start(g)
         return g
@@ -168,14 +175,16 @@ class Rounds:
         _, g = state
         self._start(g)
         self.way.go()
-        for own, source in zip(self.inside, self.sources, strict=True):  # the last stage's end is known from now on
-            as_numpy(self.layout.by_step(own))[self.layout.last[-1] % self.layout.size, -1] = source[-1]
         with np.errstate(all="ignore"):  # compiled loops are silent on infinities, too
-            defects = [source - own for source, own in zip(self.sources, g, strict=True)]
-            for defect, carry in zip(defects, self.way.carries, strict=True):
-                defect[:-1] += as_numpy(carry).reshape(defect[1:].shape)
+            new = [source.copy() for source in self.sources]
+            for own, carry in zip(new, self.way.carries, strict=True):
+                own[:-1] += as_numpy(carry).reshape(own[1:].shape)
+            defects = [own - old for own, old in zip(new, g, strict=True)]
             changes = self.residual.along(defects, self.way.how.threads)
-            return changes, [own + change for own, change in zip(g, changes, strict=True)]
+            led = self.residual.across([change[1:] for change in changes])
+            for own, more in zip(new, led, strict=True):  # not added to g, whose rounding would stay
+                own[:-1] += more
+        return changes, new
 
     def _start(self, g: Sequence[np.ndarray]) -> None:
         """Put the cotangents at the stages' ends into the carries; the last one's enter inside: it may be shorter."""
@@ -190,7 +199,7 @@ class Rounds:
 
     def settled(self, sizes: tuple[float, float]) -> bool:
         """Whether the tolerance is met, or will not be."""
-        return self.solver.settled(sizes, float(np.finfo(self.sources[0].dtype).eps))
+        return self.solver.settled(sizes)
 
     def told(self, sizes: Sequence[tuple[float, float]]) -> None:
         """Report on all rounds, from their sizes."""

@@ -20,17 +20,16 @@ SPAN = 1 << 20
 EXACT = Solver()
 
 
-LEAST = 512
-"""Rows of a span that pay for going through the weights' gradients once more."""
-
-
 @dataclass(frozen=True, eq=False)
 class How:
-    """How a way back is solved: exact, or in rounds, on single steps with directions of the weights in the path."""
+    """How a way back is solved: exact, in rounds on single steps, perhaps with directions in the path, or on stages."""
 
     solver: Solver
     directions: Directions | None
+    """Of the recurrent weights; on single steps alone."""
     threads: Threads
+    least: int = 8
+    """Steps of a span, at least, so that few go through the weights' gradients."""
 
     @property
     def in_stages(self) -> bool:
@@ -65,7 +64,7 @@ class WayBack:
     entering: Sequence[Array]
     """The cotangents given from outside."""
     carries: Sequence[Array]
-    """What else there is of the last states' cotangents; going puts those of the first states in its place."""
+    """What else there is of the last states' cotangents, set before each go; those of the first come in its place."""
     columns: Columns
     """Those of ``d`` in each product."""
     how: How
@@ -118,7 +117,7 @@ class WayBack:
         carry, steps = self.carries[0], len(self.pullback.x)
         batch, size = carry.shape
         if self.how.solver.exact:
-            steps = min(max(SPAN // max(4 * size * batch, 1), min(8, -(-LEAST // max(batch, 1)))), steps)
+            steps = min(max(SPAN // max(4 * size * batch, 1), self.how.least), steps)
         return empty(carry, (steps, batch, 4 * size))
 
     def _spans(self) -> Iterator[tuple[int, int, Array]]:

@@ -229,7 +229,8 @@ def solved(run: Pass, c: Tensor, gains: Tensor, weight: Tensor, solver: Solver, 
         programs: the number of a pass's programs.
     """
     steps, batch, count, hidden = gains.shape
-    most, watched = solver.most(steps), solver.tolerance is not None or solver.watch is not None
+    solver = solver.above(torch.finfo(wide(c.dtype)).eps)
+    most, watched = solver.most(steps), solver.measures
     # increments are differences, which half precision would round away
     g = torch.empty(c.shape, dtype=wide(c.dtype) if watched else c.dtype, device=c.device)
     watcher = Watcher.of(c, solver, most + 1, programs) if watched else None
