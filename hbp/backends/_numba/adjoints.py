@@ -179,11 +179,11 @@ def _gradients(
     if not how.in_stages:
         carries, own = [zeros(one, one.shape[1:]) for one in entering], replace(how, solver=solver)
         return way(pullback, own, entering, carries).gradients(with_inputs), carries
-    layout, exact = Layout.of(solver, entering[0]), How(EXACT, None, how.threads, least=1)
+    spans = 3 if pullback.gates is None else 1  # who does not keep gates would rather have memory than time
+    layout, exact = Layout.of(solver, entering[0]), How(EXACT, None, how.threads, least=1, spans=spans)
     inner, residual = apart(pullback, layout, how.threads)
     rounds = Rounds.of(layout, solver, residual, entering, partial(way, inner, exact))
-    firsts = [zeros(one, one.shape[1:]) for one in entering]
-    for first, g in zip(firsts, rounds.solved(), strict=True):
-        as_numpy(first)[...] = g[0]
+    firsts = rounds.solved()
     weights, recurrent, bias, dx = rounds.way.gradients(with_inputs)
+    del inner, rounds  # their arrays are not needed beside another dx
     return (weights, recurrent, bias, None if dx is None else layout.together(dx)), firsts

@@ -159,8 +159,8 @@ class Rounds:
         carries = [empty(own, (layout.count * layout.batch, own.shape[-1])) for own in cotangents]
         return cls(layout, solver, residual, sources, inside, way(inside, carries))
 
-    def solved(self) -> list[np.ndarray]:
-        """The cotangents at the boundaries; the way starts from there then."""
+    def solved(self) -> list[Array]:
+        """The cotangents of the first states, (B, H) each; the way starts from those at the stages' ends then."""
         nothing = [np.zeros_like(source) for source in self.sources]
         gauge = self if self.solver.measures else None
         first, most = self.advance((nothing, nothing)), self.solver.most(self.layout.count)
@@ -168,7 +168,10 @@ class Rounds:
             as_numpy(self.layout.by_step(own))[(self.layout.length - 1) % self.layout.size, -1] = source[-1]
         g: list[np.ndarray] = _NUMPY.repeat(self.advance, first, most, gauge)[1]
         self._start(g)
-        return g
+        firsts = [empty(carry, own[0].shape) for carry, own in zip(self.way.carries, g, strict=True)]
+        for first_state, own in zip(firsts, g, strict=True):
+            as_numpy(first_state)[...] = own[0]
+        return firsts
 
     def advance(self, state: State) -> State:
         """A round: what F leads to and the sources give, and the last round did not have, goes on along the path."""

@@ -30,6 +30,8 @@ class How:
     threads: Threads
     least: int = 8
     """Steps of a span, at least, so that few go through the weights' gradients."""
+    spans: int = 1
+    """At least so many: no array for all of them."""
 
     @property
     def in_stages(self) -> bool:
@@ -117,7 +119,7 @@ class WayBack:
         carry, steps = self.carries[0], len(self.pullback.x)
         batch, size = carry.shape
         if self.how.solver.exact:
-            steps = min(max(SPAN // max(4 * size * batch, 1), self.how.least), steps)
+            steps = min(max(SPAN // max(4 * size * batch, 1), self.how.least), -(-steps // self.how.spans))
         return empty(carry, (steps, batch, 4 * size))
 
     def _spans(self) -> Iterator[tuple[int, int, Array]]:
