@@ -72,7 +72,6 @@ def _run(
         product.run(lambda team, start, stop: loop(*team, 1, 0, length, start, stop), length, batch)
         return
     step = partial(loop, *product.alone, 0)
-    with np.errstate(all="ignore"):  # as the loop is silent; NumPy's library flags lanes, too, that it does not use
-        for t in range(length):
-            backend.xp.matmul(h[t - 1] if t else h0, weight, out=rec[0])
-            step(t, t + 1, 0, batch)
+    for t in range(length):
+        backend.xp.matmul(h[t - 1] if t else h0, weight, out=rec[0])
+        step(t, t + 1, 0, batch)

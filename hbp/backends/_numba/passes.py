@@ -53,10 +53,9 @@ class Span:
             )
             return
         step = partial(run, *self.product.alone, *others, APART)
-        with np.errstate(all="ignore"):  # as the loop is silent
-            for t in range(length - 1, -1, -1):
-                step(t, t + 1, 0, len(carry))
-                self.backend.add_product(carry, self.d[t][:, self.columns], self.weight)
+        for t in range(length - 1, -1, -1):
+            step(t, t + 1, 0, len(carry))
+            self.backend.add_product(carry, self.d[t][:, self.columns], self.weight)
 
     def rounds(self, solver: Solver, directions: Directions | None, entering: Sequence[Array]) -> None:
         """A pass over all steps, then in turn a product that pulls all blocks back and a pass that adds what it gave.
